@@ -1,0 +1,170 @@
+"""A member's own picture of its activity log, and of what each leg has been written since its last good flush.
+
+Invariants (each is a † rule, proved by the simulator)
+- A zone in `logged` is durable in the coordinator. It enters `logged` only after the reply, and leaves `logged`
+  before its removal is asked for; until that is replied to it cannot be asked for again.
+- `dirty[leg]` holds each zone written on that leg since that leg's last good flush began; a write counts at its
+  admission and again at its completion, so one in flight during a flush stays dirty.
+- A zone leaves only when nothing is in flight there, both legs are clean there, and no failed flush is unsettled.
+
+Times are seconds on whatever clock the caller ticks with; the path of an I/O reads no clock.
+"""
+
+from shadowvol.core.geometry import Run, runs_of
+from shadowvol.core.rules import NONE_OMITTED
+
+IDLE_S = 3.0  # a zone is cleaned this long after its last mirrored write: long enough for a hot zone to stay logged
+EAGER_IDLE_S = 0.5  # the same, above the soft limit
+SOFT_LIMIT_ZONES = 4096  # 64 GiB of 16 MiB zones: about what resyncs within 5 minutes
+ZONES_PER_REQUEST = 4096  # one record change stays small
+
+
+class Activity:
+    """Zones by index."""
+
+    def __init__(self, omit: frozenset[str] = NONE_OMITTED, idle_s: float = IDLE_S) -> None:
+        self._omit = omit
+        self.idle_s = idle_s
+        self.logged: set[int] = set()
+        self.wanted: set[int] = set()  # to be asked for when the request under way is replied to
+        self.asked: set[int] = set()
+        self.leaving: set[int] = set()
+        self.dirty: tuple[dict[int, int], dict[int, int]] = ({}, {})
+        self.all_dirty = [("new-member-all-dirty" not in omit)] * 2
+        self._inflight: dict[int, int] = {}
+        self._last_write_s: dict[int, float] = {}
+        self._clock = 0  # orders writes against flush captures
+        self.now_s = 0.0
+        self.unsettled_flush_failures = 0
+
+    # ---- path of a write ----
+
+    def missing(self, zones: range) -> bool:
+        """True when some zone is not durable yet; it is then wanted."""
+        absent = [zone for zone in zones if zone not in self.logged]
+        if not absent:
+            return False
+        if "log-before-mirrored" in self._omit:
+            self.logged.update(absent)
+            return False
+        for zone in absent:
+            returning = zone in self.leaving and "unlog-own-set-first" not in self._omit
+            if zone not in self.asked and not returning:
+                self.wanted.add(zone)
+        return True
+
+    def begin(self, zones: range, legs: int) -> None:
+        self._mark(zones, legs)
+        for zone in zones:
+            self._inflight[zone] = self._inflight.get(zone, 0) + 1
+
+    def end(self, zones: range, legs: int) -> None:
+        """The I/O has ended (also with an error)."""
+        self._mark(zones, legs)
+        for zone in zones:
+            left = self._inflight[zone] - 1
+            if left:
+                self._inflight[zone] = left
+            else:
+                del self._inflight[zone]
+            self._last_write_s[zone] = self.now_s
+
+    def _mark(self, zones: range, legs: int) -> None:
+        self._clock += 1
+        for leg in (0, 1):
+            if legs & (1 << leg):
+                dirty = self.dirty[leg]
+                for zone in zones:
+                    dirty[zone] = self._clock
+
+    # ---- flush ----
+
+    def capture(self) -> int:
+        """Call when a flush begins; give the value to flushed()."""
+        self._clock += 1
+        return self._clock
+
+    def legs_to_flush(self) -> int:
+        return sum(1 << leg for leg in (0, 1) if self.dirty[leg] or self.all_dirty[leg])
+
+    def flushed(self, leg: int, capture: int) -> None:
+        """A flush of the leg that began at `capture` has succeeded."""
+        self.all_dirty[leg] = False
+        keep_inflight = "flush-counts-inflight" not in self._omit
+        for zone, last in list(self.dirty[leg].items()):
+            if last < capture and not (keep_inflight and zone in self._inflight):
+                del self.dirty[leg][zone]
+            elif not keep_inflight:
+                del self.dirty[leg][zone]
+
+    def dirty_zones(self, leg: int, zone_count: int) -> list[Run]:
+        """Zones whose writes on this leg may be lost when a flush has failed now."""
+        return [(0, zone_count)] if self.all_dirty[leg] else runs_of(set(self.dirty[leg]))
+
+    def settle_dirty(self, leg: int, zones: list[Run], still_ok: bool) -> None:
+        """After a failed flush was handled: nothing on this leg is to be flushed where its bits are cleared."""
+        if not still_ok:
+            for lo, hi in zones:
+                for zone in [zone for zone in self.dirty[leg] if lo <= zone < hi]:
+                    del self.dirty[leg][zone]
+            self.all_dirty[leg] = False
+
+    # ---- cleaning ----
+
+    def idle_zones(self, now_s: float) -> list[int]:
+        """Logged zones without a write in flight whose last write is long enough ago."""
+        limit = EAGER_IDLE_S if len(self.logged) > SOFT_LIMIT_ZONES else self.idle_s
+        inflight: dict[int, int] = {} if "unlog-not-inflight" in self._omit else self._inflight
+        return [
+            zone
+            for zone in self.logged
+            if zone not in inflight and now_s - self._last_write_s.get(zone, -limit) >= limit
+        ]
+
+    def take_cleanable(self, now_s: float) -> list[int]:
+        """Zones to remove from the log, already gone from `logged`; the caller asks for their durable removal."""
+        if self.unsettled_flush_failures or any(self.all_dirty) or self.leaving:
+            return []
+        clean = [
+            zone
+            for zone in self.idle_zones(now_s)
+            if "unlog-only-clean" in self._omit or not (zone in self.dirty[0] or zone in self.dirty[1])
+        ][:ZONES_PER_REQUEST]
+        self.leaving = set(clean)
+        if "unlog-own-set-first" not in self._omit:
+            self.logged -= self.leaving
+        return clean
+
+    def needs_flush(self, now_s: float) -> bool:
+        """An idle zone waits for a flush before it can be cleaned."""
+        if any(self.all_dirty) and self.logged:
+            return True
+        return any(zone in self.dirty[0] or zone in self.dirty[1] for zone in self.idle_zones(now_s))
+
+    def left(self) -> None:
+        """The removal under way is durable."""
+        if "unlog-own-set-first" in self._omit:
+            self.logged -= self.leaving
+        for zone in self.leaving:
+            self._last_write_s.pop(zone, None)
+        self.leaving = set()
+
+    def entered(self) -> None:
+        """The request for `asked` is durable. A fresh zone is not idle before its write has come."""
+        self.logged |= self.asked
+        for zone in self.asked:
+            self._last_write_s[zone] = self.now_s
+        self.asked = set()
+
+    def take_wanted(self) -> list[int]:
+        """The next batch to ask for; concurrent misses share it."""
+        batch = sorted(self.wanted)[:ZONES_PER_REQUEST]
+        self.wanted.difference_update(batch)
+        self.asked = set(batch)
+        return batch
+
+    def forget_log(self) -> None:
+        """The log was emptied by a recovery."""
+        self.logged.clear()
+
+

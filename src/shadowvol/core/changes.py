@@ -1,0 +1,230 @@
+"""Exclusive changes that are nobody's verb: membership and recovery, clearing bits after a leg's fault.
+
+Each runs alone in the leader's exclusive queue and has the same shape: hold at every member what must not happen
+meanwhile; make the change durable; tell every member; let go. So a member never sees half a change, and one
+that joins, or a leader that takes over, needs no knowledge of what its predecessor was in the middle of.
+"""
+
+from typing import TYPE_CHECKING
+
+from shadowvol.core.geometry import Run, merge_runs
+from shadowvol.core.legs import BOTH_OK, SOURCE, TARGET, Phase, other
+from shadowvol.core.messages import ClearUndo, Fault, Freeze, LegLost, Reply, SetState, Thaw
+from shadowvol.core.records import encode_member
+from shadowvol.core.regionmap import RegionMap
+from shadowvol.core.steps import AskAll, Persist, SendTo, Steps, WaitFor
+from shadowvol.core.txn import Txn
+
+if TYPE_CHECKING:
+    from shadowvol.core.leader import LeaderEngine
+
+FaultLegs = list[tuple[int, list[Run]]]  # (leg, runs of zones)
+
+
+# ---------------------------------------------------------------- membership, recovery, takeover
+
+
+def take_over(leader: "LeaderEngine") -> Steps:
+    """The first change of a leadership: every recorded member is live or proven gone, then all get this epoch's state.
+
+    What the old leader left half done ends here: its windows are void (their regions quarantined until its copier
+    is known to have stopped), a transition that was not committed is aborted, one that was is in the state."""
+    yield WaitFor(lambda: not leader.unresolved)
+    yield from sync(leader)
+
+
+def sync(leader: "LeaderEngine") -> Steps:
+    """Recover members that are gone, register those that join, give everyone the whole state."""
+    leader.sync_queued = True
+    everyone = sorted({**leader.live, **leader.joining})
+    # 1. Hold all I/O of every member and learn of faults that are not settled.
+    answers = yield AskAll(Freeze(None, reads=True, writes=True), "x", hosts=everyone)
+    faults: FaultLegs = [(leg, _pairs(runs)) for answer in answers.values() for leg, runs in answer["faults"]]
+    # 2. One transaction: bits cleared for crashed members' zones and open faults, logs emptied, windows void,
+    #    a transition not committed aborted, joiners registered.
+    joined: dict[str, int] = {}
+    recovered: list[str] = []
+    changed = RegionMap(len(leader.map), bytes(leader.map.bits))
+    void = leader.void_windows("membership changed") if "crash-voids" not in leader.omit else []
+
+    def build() -> Txn:
+        joined.update(leader.joining)
+        recovered.extend(leader.gone)
+        changed.bits[:] = leader.map.bits
+        for zones in leader.gone.values():
+            _recover(leader, changed, _zone_regions(leader, zones))
+        for leg, zones in faults:
+            _clear(leader, changed, [(leg, zones)])
+        gone_keys = tuple(leader.keys.member(host) for host in recovered if host not in joined)
+        logs = tuple(leader.keys.activity(host) for host in {*recovered})
+        windows = tuple(leader.keys.window(window.id) for window in void)
+        if not leader.quarantine:
+            windows = (*windows, leader.keys.windows) if "crash-voids" not in leader.omit else windows
+        transition = (leader.keys.transition,) if leader.transition is not None else ()
+        members = tuple((leader.keys.member(host), encode_member(number)) for host, number in joined.items())
+        everything: list[Run] = [(0, len(changed))]
+        return leader.txn(
+            state=leader.state,
+            new_map=changed,
+            chunks=everything if recovered or faults else None,
+            puts=members,
+            deletes=gone_keys + logs + windows + transition,
+        )
+
+    if "recovery-same-txn" in leader.omit and leader.gone:
+        logs = tuple(leader.keys.activity(host) for host in leader.gone)
+        yield Persist(lambda: leader.txn(deletes=logs))
+        yield WaitFor(lambda: True)
+    persisted = yield Persist(build)
+    if not persisted:
+        return
+    leader.map.bits[:] = changed.bits
+    leader.transition = None
+    for host in recovered:
+        leader.gone.pop(host, None)
+    for window in void:
+        leader.void(window, "a member joined or was recovered")
+    for host, number in joined.items():
+        if leader.joining.get(host) == number:
+            del leader.joining[host]
+            leader.live[host] = number
+    leader.sync_queued = bool(leader.joining or leader.gone)
+    # 3. Everyone gets the state, 4. and only then lets its I/O go.
+    yield AskAll(full_state(leader), "x")
+    yield AskAll(Thaw(), "x")
+    if leader.joining or leader.gone:
+        leader.queue_exclusive(sync(leader), "membership")
+
+
+def full_state(leader: "LeaderEngine") -> SetState:
+    """Everything a member needs to know."""
+    return SetState(
+        phase=leader.state.phase.value,
+        preferred=leader.state.preferred,
+        bits=bytes(leader.map.bits),
+        fresh_allowed=leader.single_member() or "fresh-one-member" in leader.omit,
+    )
+
+
+def _recover(leader: "LeaderEngine", changed: RegionMap, runs: list[Run]) -> None:
+    """The preferred leg is the truth: where both are ok in a crashed member's zones, the other one is not any more."""
+    if "recovery-clears" in leader.omit:
+        return
+    loser = other(leader.state.preferred)
+    if "recovery-only-both" in leader.omit:
+        changed.clear_ok(loser, runs, even_last=True)
+        for lo, hi in runs:
+            for region in range(lo, hi):
+                changed.bits[region] |= 1 << leader.state.preferred
+        return
+    changed.clear_ok(loser, runs)
+
+
+def end_quarantine(leader: "LeaderEngine") -> Steps:
+    """Old copiers have stopped: their windows' records go, and their regions may be copied again."""
+    numbers = list(leader.quarantine)
+    yield Persist(lambda: leader.txn(deletes=tuple(leader.keys.window(number) for number in numbers)))
+    for number in numbers:
+        leader.quarantine.pop(number, None)
+
+
+# ---------------------------------------------------------------- faults of a leg
+
+
+def clear(leader: "LeaderEngine") -> Steps:
+    """All faults told so far: their bits are cleared durably and at every member, then their tellers are answered."""
+    leader.clear_queued = False
+    batch, leader.faults = leader.faults, []
+    legs: FaultLegs = []
+    flush_failed = False
+    for host, ask in batch:
+        if isinstance(ask.want, Fault):
+            both = len(ask.want.legs) == 2
+            for leg, zones in ask.want.legs:
+                leader.leg_failed(leg, f"{ask.want.operation} on {host}: {ask.want.error}")
+                if not both or leg != leader.state.preferred:
+                    legs.append((leg, zones))
+            flush_failed |= ask.want.operation == "flush" and "flush-failure-voids" not in leader.omit
+        elif isinstance(ask.want, ClearUndo):
+            legs.append((SOURCE, ask.want.zones))
+    voiding = [fault for host, ask in batch if isinstance(ask.want, Fault) for fault in ask.want.legs]
+    yield from clear_bits(leader, legs, voiding=voiding, void_all=flush_failed)
+    for host, ask in batch:
+        leader.emit(SendTo(host, Reply(ask.incarnation, ask.number)))
+
+
+def clear_bits(
+    leader: "LeaderEngine", faults: FaultLegs, *, voiding: FaultLegs | None = None, void_all: bool = False
+) -> Steps:
+    """Clear each leg's bits in its zones, where the other leg is ok, and void the windows there.
+
+    Where reads move (the preferred leg is cleared), no member reads the old leg once any member reads the other."""
+    touched = _regions(leader, voiding if voiding is not None else faults)
+    void = leader.void_windows("fault", None if void_all else touched)
+    if "failed-write-voids" in leader.omit and not void_all:
+        void = []
+    changed = RegionMap(len(leader.map), bytes(leader.map.bits))
+    _clear(leader, changed, faults)
+    cleared = [
+        (leg, runs)
+        for leg in (SOURCE, TARGET)
+        if (runs := _cleared_runs(leader.map, changed, leg, _regions(leader, [f for f in faults if f[0] == leg])))
+    ]
+    if not cleared and not void:
+        return
+    moving = [run for leg, runs in cleared if leg == leader.state.preferred for run in runs]
+    if moving and "clear-holds-reads" not in leader.omit:
+        yield AskAll(Freeze(moving, reads=True, writes=False), "x")
+
+    def build() -> Txn:
+        now = [run for _, runs in cleared for run in runs]
+        keys = tuple(leader.keys.window(window.id) for window in void)
+        return leader.txn(state=leader.state, new_map=changed, chunks=now, deletes=keys)
+
+    persisted = yield Persist(build)
+    if not persisted:
+        return
+    leader.map.bits[:] = changed.bits
+    for window in void:
+        leader.void(window, "a leg failed in it")
+    yield AskAll(SetState(changes=tuple((leg, False, runs) for leg, runs in cleared)), "x")
+    if moving and "clear-holds-reads" not in leader.omit:
+        yield AskAll(Thaw(), "x")
+
+
+def copier_flush_failed(leader: "LeaderEngine", legs: list[int], error: str) -> Steps:
+    """The copier's own flush failed: windows are void, and every member takes its unflushed writes as lost."""
+    void = leader.void_windows("flush failed")
+    yield Persist(lambda: leader.txn(deletes=tuple(leader.keys.window(window.id) for window in void)))
+    for window in void:
+        leader.void(window, f"the copier's flush failed: {error}")
+    for leg in legs:
+        yield AskAll(LegLost(leg, error), "x")
+
+
+def _clear(leader: "LeaderEngine", changed: RegionMap, faults: FaultLegs) -> None:
+    # The non-preferred leg first: where both have faults it is the one to go, so that reads do not move.
+    for leg, zones in sorted(faults, key=lambda fault: fault[0] == leader.state.preferred):
+        if leader.state.phase is Phase.COMMITTED and leg == TARGET:
+            continue  # after commit the source only marks what an undo may spare; it serves nothing
+        changed.clear_ok(leg, _zone_regions(leader, zones), even_last="last-ok-leg" in leader.omit)
+
+
+def _cleared_runs(before: RegionMap, after: RegionMap, leg: int, runs: list[Run]) -> list[Run]:
+    cleared: list[Run] = []
+    for lo, hi in runs:
+        cleared += [run for run in before.runs_equal(BOTH_OK, lo, hi) if not after.is_ok(leg, *run)]
+    return merge_runs(cleared)
+
+
+def _regions(leader: "LeaderEngine", faults: FaultLegs) -> list[Run]:
+    return merge_runs([run for _, zones in faults for run in _zone_regions(leader, zones)])
+
+
+def _zone_regions(leader: "LeaderEngine", zones: list[Run]) -> list[Run]:
+    per_zone, last = leader.geometry.regions_per_zone, leader.geometry.region_count
+    return [(lo * per_zone, min(hi * per_zone, last)) for lo, hi in zones]
+
+
+def _pairs(runs: list[Run]) -> list[Run]:
+    return [(lo, hi) for lo, hi in runs]

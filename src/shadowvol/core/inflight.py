@@ -1,0 +1,101 @@
+"""The in-flight table of a member: one owner per range, and drains that wait for what was admitted before.
+
+Invariants
+- Writes (trims and zeroes included) that overlap, rounded out to `align_bytes`, are never in flight together;
+  so both legs see them in the same order. Reads do not wait for anything here.
+- A drain waits for a snapshot of tickets. It does not keep newer ones out: a hold does that.
+- A write whose I/O has ended but whose fault is not settled keeps its range, but no drain waits for it: its bytes
+  have stopped moving, and who drains learns of the open fault by other means (Freeze's answer).
+"""
+
+from collections.abc import Callable
+
+from shadowvol.core.geometry import Run, overlaps
+
+READ = 0
+WRITE = 1
+
+
+class Ticket:
+    """One admitted request. Runs are (start, end, legs) in bytes; legs as map bits (a read has exactly one)."""
+
+    __slots__ = ("adopt", "end", "error", "failed", "fua", "kind", "number", "retry", "runs", "settled", "start", "tries")
+
+    def __init__(self, number: int, kind: int, start: int, end: int, runs: list[tuple[int, int, int]]) -> None:
+        self.number = number
+        self.kind = kind
+        self.start = start  # rounded out
+        self.end = end
+        self.runs = runs
+        self.adopt: Run | None = None  # regions that this write covers whole while one-legged
+        self.failed: list[tuple[int, int, int]] = []  # (leg, start, end)
+        self.settled = False
+        self.error: str | None = None  # what the application gets; None: success
+        self.retry = False  # a read whose faulty leg has been taken out: admit it again
+        self.tries = 0
+
+
+class Drain:
+    """Calls `done` once all tickets of the snapshot have finished."""
+
+    __slots__ = ("done", "waiting")
+
+    def __init__(self, waiting: set[int], done: Callable[[], None]) -> None:
+        self.waiting = waiting
+        self.done = done
+
+
+class InFlight:
+    """Tickets by number. Not locked: its owner calls it under the member's one lock."""
+
+    def __init__(self, align_bytes: int) -> None:
+        self.align_bytes = align_bytes
+        self.writes: dict[int, Ticket] = {}
+        self.reads: dict[int, Ticket] = {}
+        self._drains: list[Drain] = []
+        self._number = 0
+
+    def rounded(self, start: int, end: int) -> tuple[int, int]:
+        align = self.align_bytes
+        return start - start % align, end + (-end) % align
+
+    def write_conflicts(self, start: int, end: int) -> bool:
+        return any(held.start < end and start < held.end for held in self.writes.values())
+
+    def admit(self, kind: int, start: int, end: int, runs: list[tuple[int, int, int]]) -> Ticket:
+        self._number += 1
+        ticket = Ticket(self._number, kind, start, end, runs)
+        (self.writes if kind == WRITE else self.reads)[ticket.number] = ticket
+        return ticket
+
+    def stopped(self, ticket: Ticket) -> None:
+        """The ticket's I/O has ended: drains no longer wait for it."""
+        if self._drains:
+            for drain in list(self._drains):
+                drain.waiting.discard(ticket.number)
+            self._fire()
+
+    def remove(self, ticket: Ticket) -> None:
+        (self.writes if ticket.kind == WRITE else self.reads).pop(ticket.number, None)
+        self.stopped(ticket)
+
+    def drain(self, extents: list[Run] | None, *, reads: bool, writes: bool, done: Callable[[], None]) -> None:
+        """Call `done` when the I/O now in flight that touches `extents` (bytes; None: all) has ended; maybe at once."""
+        waiting: set[int] = set()
+        for wanted, held in ((writes, self.writes), (reads, self.reads)):
+            if wanted:
+                waiting.update(
+                    number
+                    for number, ticket in held.items()
+                    if not ticket.failed and (extents is None or overlaps(extents, ticket.start, ticket.end))
+                )
+        self._drains.append(Drain(waiting, done))
+        self._fire()
+
+    def forget_drains(self) -> None:
+        self._drains.clear()
+
+    def _fire(self) -> None:
+        for drain in [drain for drain in self._drains if not drain.waiting]:
+            self._drains.remove(drain)
+            drain.done()

@@ -1,0 +1,62 @@
+"""Where an I/O goes: one published byte per region, and the function that reads it. The complete routing is here.
+
+A published byte says: the leg that serves reads, the legs that every write must reach, and whether a write needs the
+member engine first (an open window's touched blocks, an undo zone to be cleared, a whole-region overwrite to be noted).
+It is derived from the region's bits and the volume's state by `published()`, only by the member engine.
+"""
+
+from shadowvol.core.legs import BOTH_OK, S_OK, SOURCE, T_OK, TARGET, Phase
+
+READ_TARGET = 1  # else reads go to the source
+WRITE_SOURCE = 2
+WRITE_TARGET = 4
+SLOW = 8  # a write needs the member engine before and after
+WHOLE_SLOW = 16  # a write that covers a whole region does (it may spare the region its copy)
+WRITE_SHIFT = 1  # (byte >> WRITE_SHIFT) & BOTH_OK is the set of legs as in the map's bits
+MIXED = -1  # the range's regions disagree: serve run by run
+
+# Bits in the member's own byte per region, above the map's two bits.
+IN_WINDOW = 4
+FRESH = 8  # overwritten whole on both legs while one-legged: needs no copy, only a window to say so
+
+
+def published(own: int, phase: Phase, preferred: int) -> int:
+    """The published byte for a region whose own byte (map bits, IN_WINDOW, FRESH) is `own`."""
+    ok = own & BOTH_OK
+    if ok == 0:
+        return SLOW
+    if phase is Phase.COMMITTED:
+        # Only the target is written; where the source still counts for undo-after-commit it must be cleared first.
+        return READ_TARGET | WRITE_TARGET | (SLOW if ok & S_OK else 0)
+    read = preferred if ok & (1 << preferred) else (SOURCE if ok & S_OK else TARGET)
+    legs = BOTH_OK if own & (IN_WINDOW | FRESH) else ok
+    byte = (READ_TARGET if read == TARGET else 0) | (WRITE_SOURCE if legs & S_OK else 0)
+    byte |= WRITE_TARGET if legs & T_OK else 0
+    one_legged_copying = phase is Phase.COPYING and legs != BOTH_OK
+    return byte | (SLOW if own & IN_WINDOW else 0) | (WHOLE_SLOW if one_legged_copying else 0)
+
+
+def published_table(phase: Phase, preferred: int) -> bytes:
+    """`published()` as a 256-byte table for bytes.translate."""
+    return bytes(published(own, phase, preferred) for own in range(256))
+
+
+def route(table: bytearray, lo: int, hi: int) -> int:
+    """The byte that all regions of [lo, hi) share, or MIXED."""
+    byte = table[lo]
+    if hi - lo == 1 or table.count(byte, lo, hi) == hi - lo:
+        return byte
+    return MIXED
+
+
+def equal_runs(table: bytearray, lo: int, hi: int) -> list[tuple[int, int, int]]:
+    """(lo, hi, byte) runs of equal bytes that make up [lo, hi)."""
+    runs: list[tuple[int, int, int]] = []
+    position = lo
+    while position < hi:
+        byte = table[position]
+        tail = table[position:hi]
+        length = len(tail) - len(tail.lstrip(bytes([byte])))
+        runs.append((position, position + length, byte))
+        position += length
+    return runs

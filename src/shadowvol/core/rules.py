@@ -1,0 +1,54 @@
+"""The † rules: each order rule that loses acknowledged data when it is left out, by name.
+
+Engines take `omit`, a set of these names, empty in the product; a test build leaves one out and the simulator
+must then find lost or differing data (tests/sim/test_rules.py prints the table). The rule is obeyed at the one
+place that asks `name in omit`; there is no other copy of it.
+"""
+
+from typing import Final
+
+RULES: Final[dict[str, str]] = {
+    "last-ok-leg": "the last ok leg's bit is never cleared",
+    "fault-before-ack": "a failed leg's bits are durably cleared before the write is acknowledged (D2)",
+    "flush-failure-clears": "a failed flush clears the bits of the zones written since the last good flush",
+    "flush-set-when-failed": "the set of zones of a failed flush is taken when it fails, not afterwards",
+    "flush-counts-inflight": "a write in flight during a flush stays dirty",
+    "new-member-all-dirty": "a new member incarnation takes every leg as dirty",
+    "log-before-mirrored": "a zone is durably in the activity log before the first mirrored write",
+    "unlog-only-clean": "a zone leaves the activity log only when both legs were flushed since its last write",
+    "unlog-not-inflight": "a zone with a write in flight does not leave the activity log",
+    "unlog-own-set-first": "a zone leaves the member's own set before its durable removal, and returns only after it",
+    "open-drains": "OPEN is answered when writes admitted before are finished",
+    "open-all-members": "copying begins when every member has answered OPEN",
+    "open-repeat-keeps": "a repeated OPEN changes nothing",
+    "touch-on-completion": "blocks are touched when admitted and again when completed",
+    "touched-keeps-inflight": "TOUCHED forgets only blocks with no write in flight",
+    "hold-drains": "HOLD is answered when the writes in flight on these blocks are finished",
+    "hold-union": "HOLD and recopy cover the union of all members' touched blocks",
+    "recopy-touched": "touched blocks are copied again under the hold",
+    "hold-limit-tells": "a member whose hold ran out says so at RELEASE",
+    "flush-both-legs": "both legs are flushed before the bits are set (D1)",
+    "flush-copier": "the copier flushes its own connection before the bits are set (D1)",
+    "flush-members": "every member flushes its connections before the bits are set (D1)",
+    "window-record-compare": "the bits are persisted only while the window's record is still there",
+    "epoch-compare": "every change of the record compares the epoch",
+    "done-holds": "where the copy's target leg is preferred, reads move under a hold at every member",
+    "failed-write-voids": "a write that fails in an open window voids the window before it is answered (D3)",
+    "crash-voids": "the recovery of a member voids every open window",
+    "flush-failure-voids": "a failed flush voids the open windows",
+    "recovery-clears": "recovery clears the non-preferred bit in the crashed member's logged zones",
+    "recovery-only-both": "recovery clears only where both bits are set",
+    "recovery-same-txn": "recovery clears the bits in the transaction that empties the log",
+    "switch-holds": "cutover and undo hold new writes and finish those in flight",
+    "switch-set-then-release": "every member switches before any member releases its writes",
+    "clear-holds-reads": "reads move from a faulty leg at every member before any reads the other leg there",
+    "void-waits-for-copier": "a void window's regions are not picked again before its copy jobs have ended",
+    "quarantine": "a dead leader's window regions are not copied until its copier is known to have stopped",
+    "undo-zone-clear": "after commit --keep-undo, source_ok is durably cleared before the first target-only write",
+    "fresh-dropped": "a region that was overwritten whole is no longer fresh after a failed write, flush or window",
+    "fresh-one-member": "fresh regions are spared their copy only where there is exactly one member",
+    "join-state-after-register": "a joining member is registered before it is given the state",
+    "done-before-clear": "changes of the map and of preferred happen one after the other, each confirmed by all",
+}
+
+NONE_OMITTED: Final[frozenset[str]] = frozenset()

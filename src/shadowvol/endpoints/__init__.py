@@ -1,0 +1,1 @@
+"""Where bytes live: files, devices and NBD exports behind one protocol."""

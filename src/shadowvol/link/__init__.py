@@ -1,0 +1,1 @@
+"""Framed messages between a member and its agent: both ends."""

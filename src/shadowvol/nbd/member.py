@@ -1,0 +1,337 @@
+"""One member: the engine, its legs, its data path, the link to the agent, and the threads between them.
+
+Threads (all daemons; the application's requests come on nbdkit's own):
+- link: connects, receives, gives each frame to the engine. Opens what a new state needs before the engine has it.
+- link-send: sends. See agentlink.py.
+- tick: the engine's clock, and the statistics.
+- flush: performs DoFlush. It may take as long as the slowest leg; nothing else waits for it.
+- legs: performs DoPrepare, opens dead legs again, closes legs that have been let go.
+
+Lock order: the data path's lock is the only one that is held while another thing is called, and under it queues are
+filled and nothing blocks. A leg is let go under it, when no I/O uses the leg, and closed after it.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from shadowvol.core.activity import IDLE_S
+from shadowvol.core.geometry import Geometry
+from shadowvol.core.legs import BOTH_OK, LEG_NAMES, S_OK, SOURCE, T_OK, TARGET, Phase, leg_number
+from shadowvol.core.member import HOLD_LIMIT_S, DoFlush, DoPrepare, Effect, MemberEngine, Send
+from shadowvol.core.messages import Ask, Reply, Request, SetState, from_wire
+from shadowvol.link.framing import Frame
+from shadowvol.nbd.agentlink import AgentLink
+from shadowvol.nbd.datapath import DataPath
+from shadowvol.nbd.openlegs import LegRecord, OpenLegs
+
+TICK_S = 0.05
+STATS_S = 0.5
+LEG_RETRY_S = 3.0  # a dead leg is tried again this often
+LEG_POLL_S = 0.25  # a leg to be let go is looked at this often until its last I/O has ended
+DOWN_LIMIT_S = 10.0  # `down` is answered after this long even if the activity log could not be emptied
+_DOWN_SKIP_S = 2 * IDLE_S  # the clock jumps by this when nobody is connected any more: every zone is idle at once
+
+_LEGS_OF_PHASE = {Phase.SETUP: S_OK, Phase.COPYING: BOTH_OK, Phase.SYNCED: BOTH_OK, Phase.COMMITTED: T_OK}
+
+
+@dataclass(frozen=True, slots=True)
+class MemberSpec:
+    """What the agent gives a member at its start. `source` and `target` are None where no such leg is known."""
+
+    volume: str
+    description: str
+    size_bytes: int
+    region_bytes: int
+    incarnation: int
+    link: str
+    source: LegRecord | None
+    target: LegRecord | None
+
+    @classmethod
+    def parse(cls, text: str) -> "MemberSpec":
+        """ValueError, KeyError or TypeError when it is not whole."""
+        plain = json.loads(text)
+        legs = [plain["legs"][name] for name in LEG_NAMES]
+        source, target = (None if leg is None else LegRecord.parse(leg) for leg in legs)
+        return cls(
+            str(plain["volume"]),
+            str(plain["description"]),
+            int(plain["size_bytes"]),
+            int(plain["region_bytes"]),
+            int(plain["incarnation"]),
+            str(plain["link"]),
+            source,
+            target,
+        )
+
+
+class GoingDown(Exception):
+    """The volume is being taken down here: nobody new is served."""
+
+
+class Member:
+    """See the module. `listen_fd` is the socket clients connect to; it is handed to each agent that says hello."""
+
+    def __init__(self, spec: MemberSpec, listen_fd: int | None) -> None:
+        self.spec = spec
+        self.geometry = Geometry.of(spec.size_bytes, spec.region_bytes)
+        self.engine = MemberEngine(self.geometry, spec.incarnation, align_bytes=1)
+        self.legs = OpenLegs(spec.size_bytes, self.log)
+        self.legs.records = [spec.source, spec.target]
+        self.data = DataPath(self.engine, self.legs, self._perform, self.log)
+        self._listen_fd = listen_fd
+        self._link = AgentLink(spec.link, self._hello, self._asks, self._received, self.log)
+        self._flushes: SimpleQueue[int] = SimpleQueue()
+        self._leg_jobs: SimpleQueue[DoPrepare | None] = SimpleQueue()  # None: look what is to be let go
+        self._stopping = threading.Event()
+        self._clients = 0
+        self._going_down = False
+        self._clock_skip_s = 0.0
+        self._stats_at_s = 0.0
+        self._totals_sent: dict[str, int] = self.data.counters.totals()
+
+    def start(self) -> None:
+        """Open the source and start the threads. The member serves when the leader has told it the state."""
+        self._open(SOURCE, None)
+        self._link.start()
+        for run, name in ((self._tick, "tick"), (self._flush, "flush"), (self._mind_legs, "legs")):
+            threading.Thread(target=self._for_ever, args=(run,), name=name, daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._link.stop()
+        self.data.stop()
+
+    def client_came(self) -> None:
+        """Raises GoingDown."""
+        with self.data.lock:
+            if self._going_down:
+                raise GoingDown(f"{self.spec.volume} is going down")
+            self._clients += 1
+
+    def client_left(self) -> None:
+        with self.data.lock:
+            self._clients -= 1
+
+    def log(self, text: str) -> None:
+        print(f"shadowvol member {self.spec.volume}: {text}", file=sys.stderr, flush=True)
+
+    def _for_ever(self, run: Callable[[], None]) -> None:
+        """A thread of a member does not end by an exception."""
+        while not self._stopping.is_set():
+            try:
+                run()
+            except Exception:
+                if not self._stopping.is_set():
+                    self.log(traceback.format_exc(limit=-20))
+                self._stopping.wait(TICK_S)
+
+    def _now_s(self) -> float:
+        return time.monotonic() + self._clock_skip_s
+
+    # ------------------------------------------------------------------ effects
+
+    def _perform(self, effects: list[Effect]) -> None:
+        """With the lock: only fills queues."""
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._link.post(effect.message)
+            elif isinstance(effect, DoFlush):
+                self._flushes.put(effect.token)
+            else:
+                self._leg_jobs.put(effect)
+
+    def _flush(self) -> None:
+        try:
+            token = self._flushes.get(timeout=LEG_POLL_S)
+        except Empty:
+            return
+        self.data.flush_legs(token)
+
+    # ------------------------------------------------------------------ link
+
+    def _hello(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        message = {
+            "type": "Hello",
+            "volume": self.spec.volume,
+            "incarnation": self.spec.incarnation,
+            "pid": os.getpid(),
+        }
+        return message, () if self._listen_fd is None else (self._listen_fd,)
+
+    def _asks(self) -> list[Ask]:
+        with self.data.lock:
+            return self.engine.outstanding()
+
+    def _received(self, frame: Frame) -> None:
+        if frame.message["type"] == "Down":
+            with self.data.lock:
+                first, self._going_down = not self._going_down, True
+            if first:
+                threading.Thread(target=self._go_down, name="down", daemon=True).start()
+            return
+        message = from_wire(frame.message, frame.blob)
+        if not isinstance(message, Request | Reply):
+            raise ValueError(f"a member does not take {type(message).__name__}")
+        if isinstance(message, Request) and isinstance(message.body, SetState):
+            self._open_for(message, message.body)
+        with self.data.lock:
+            phase = self.engine.phase
+            self.engine.receive(message, self._now_s())
+            if self.engine.phase is not phase:
+                self._keep_only_open_legs()
+            self._perform(self.engine.take_effects())
+            self.data.changed.notify_all()
+
+    # ------------------------------------------------------------------ clock and statistics
+
+    def _tick(self) -> None:
+        self._stopping.wait(self._until_tick_s())
+        with self.data.lock:
+            if self._going_down and not self._clients and not self._clock_skip_s:
+                self._clock_skip_s = _DOWN_SKIP_S
+            self.engine.tick(self._now_s())
+            self._perform(self.engine.take_effects())
+            self.data.changed.notify_all()
+        if time.monotonic() >= self._stats_at_s:
+            self._stats_at_s = time.monotonic() + STATS_S
+            self._send_stats()
+
+    def _until_tick_s(self) -> float:
+        """To the next tick, or to the limit of a hold if that comes first."""
+        with self.data.lock:
+            held = [window.held_since_s for window in self.engine.windows.values() if window.held_since_s is not None]
+            if not held:
+                return TICK_S
+            return min(TICK_S, max(0.0, min(held) + HOLD_LIMIT_S - self._now_s()) + 0.001)
+
+    def _send_stats(self) -> None:
+        message = self.statistics()
+        if self._link.post_if_read(message):
+            self._totals_sent = message["totals"]
+
+    def statistics(self) -> dict[str, Any]:
+        """The Stats frame: counts since the last one sent, totals, longest times since the last call."""
+        with self.data.lock:
+            totals = self.data.counters.totals()
+            longest = self.data.counters.take_longest()
+            snapshot = asdict(self.engine.snapshot())
+            clients = self._clients
+        return {
+            "type": "Stats",
+            "incarnation": self.spec.incarnation,
+            **{name: total - self._totals_sent[name] for name, total in totals.items()},
+            **longest,
+            "totals": totals,
+            "in_flight": snapshot["writes_in_flight"] + snapshot["reads_in_flight"],
+            "clients": clients,
+            "legs": self.legs.statistics(),
+            "engine": snapshot,
+        }
+
+    # ------------------------------------------------------------------ legs
+
+    def _open(self, leg: int, record: LegRecord | None) -> str | None:
+        """Open a leg and keep it open; why it cannot be, or None."""
+        with self.data.lock:
+            self.legs.kept[leg] = True
+        reason = self.legs.open_leg(leg, record)
+        with self.data.lock:
+            # Only ever more: what was admitted with less does not touch the leg that has just been opened.
+            inflight = self.engine.inflight
+            inflight.align_bytes = max(inflight.align_bytes, self.legs.block_bytes())
+        return reason
+
+    def _open_for(self, request: Request, state: SetState) -> None:
+        """What the phase after this request writes is open (or dead, and says so) before the engine has it."""
+        if request.incarnation != self.spec.incarnation or request.epoch < self.engine.epoch:
+            return
+        phase = self.engine.phase if state.phase is None else Phase(state.phase)
+        for leg in (SOURCE, TARGET):
+            if _LEGS_OF_PHASE[phase] & (1 << leg) and not self.legs.is_open(leg):
+                self._open(leg, None)
+
+    def _keep_only_open_legs(self) -> None:
+        """With the lock, when the phase has changed."""
+        for leg in (SOURCE, TARGET):
+            self.legs.kept[leg] = bool(self.engine.open_legs() & (1 << leg))
+        self._leg_jobs.put(None)
+
+    def _mind_legs(self) -> None:
+        retry_at_s = time.monotonic() + LEG_RETRY_S
+        while not self._stopping.is_set():
+            try:
+                job = self._leg_jobs.get(timeout=LEG_POLL_S)
+            except Empty:
+                job = None
+            if job is not None:
+                self._prepare(job)
+            for leg in (SOURCE, TARGET):
+                self._let_go(leg)
+            if time.monotonic() >= retry_at_s:
+                retry_at_s = time.monotonic() + LEG_RETRY_S
+                for leg in (SOURCE, TARGET):
+                    if self.legs.kept[leg] and not self.legs.is_open(leg) and self._open(leg, None) is None:
+                        self.log(f"the {LEG_NAMES[leg]} is open again")
+
+    def _let_go(self, leg: int) -> None:
+        with self.data.lock:
+            if self.legs.kept[leg] or not self.legs.is_open(leg) or self.data.uses(leg):
+                return
+            endpoint = self.legs.take_out(leg)
+        endpoint.close()
+
+    def _prepare(self, job: DoPrepare) -> None:
+        try:
+            reason = self._prepare_legs(job.legs)
+        except Exception as error:
+            self.log(traceback.format_exc(limit=-20))
+            reason = f"prepare {job.verb}: {error!r}"
+        with self.data.lock:
+            self.engine.prepared(job.token, reason)
+            self._perform(self.engine.take_effects())
+
+    def _prepare_legs(self, plain_records: dict[str, Any]) -> str | None:
+        """Each of these legs is open and answers; or the first reason why not."""
+        for name, plain in plain_records.items():
+            leg, record = leg_number(name), LegRecord.parse(plain)
+            with self.data.lock:
+                in_use = bool(self.engine.open_legs() & (1 << leg))
+            if not in_use and record != self.legs.records[leg]:  # another one was prepared before, and not used
+                with self.data.lock:
+                    self.legs.kept[leg] = False
+                self._let_go(leg)
+            reason = self._open(leg, record) or self.legs.answers(leg)
+            if reason is not None:
+                with self.data.lock:
+                    self.legs.kept[leg] = bool(self.engine.open_legs() & (1 << leg))
+                return reason
+        return None
+
+    # ------------------------------------------------------------------ going down
+
+    def _go_down(self) -> None:
+        """Flush, let the activity log empty, say DownReady. `clean`: nothing is in flight, and nothing is logged."""
+        until_s = time.monotonic() + DOWN_LIMIT_S
+        try:
+            if self.engine.joined:
+                self.data.flush()
+        except OSError as error:
+            self.log(f"flush before going down: {error.strerror}")
+        while not (clean := self._is_clean()) and time.monotonic() < until_s:
+            self._stopping.wait(TICK_S)
+        self._link.post({"type": "DownReady", "clean": clean})
+
+    def _is_clean(self) -> bool:
+        with self.data.lock:
+            activity = self.engine.activity
+            logged = activity.logged or activity.leaving or activity.asked or activity.wanted
+            return not logged and not self.data.in_flight()

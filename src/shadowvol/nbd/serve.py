@@ -1,0 +1,115 @@
+"""Start a member: take its lock, hand the listening socket to nbdkit, and become nbdkit.
+
+The order matters:
+1. The lock is taken before anything else. Who holds it knows that no write of a predecessor can still land; nbdkit
+   inherits the descriptor, so that the kernel gives the lock back only when nbdkit itself is gone.
+2. The socket becomes descriptor 3 with LISTEN_FDS and LISTEN_PID, nbdkit's socket activation: it never binds.
+3. exec, so that the process the agent started is nbdkit.
+
+Exit codes: 3 the lock is held; 1 something else, one line on stderr. After exec they are nbdkit's.
+"""
+
+import argparse
+import ctypes
+import fcntl
+import json
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any, NoReturn
+
+import shadowvol
+
+LISTEN_FD = 3  # what socket activation hands over, by its convention
+THREADS_DEFAULT = 32  # more than a client has requests in flight: held writes must leave threads for reads
+LOCK_HELD_EXIT = 3
+_DESCRIPTOR_MIN = 10  # our own descriptors lie above the one that socket activation wants
+_OOM_SCORE_ADJUST = -900  # among the last to go
+_PR_SET_IO_FLUSHER = 57
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+_CAP_IPC_LOCK = 14
+
+
+def member_argv(*, listen_fd: int, lock_path: str, spec: dict[str, Any], threads: int = THREADS_DEFAULT) -> list[str]:
+    """The command that starts a member. The caller lets `listen_fd` be inherited, and nothing else."""
+    command = [sys.executable, "-m", "shadowvol.nbd.serve"]
+    options = ["--listen-fd", str(listen_fd), "--lock", lock_path, "--threads", str(threads)]
+    return [*command, *options, "--spec", json.dumps(spec, separators=(",", ":"))]
+
+
+def python_path() -> str:
+    """PYTHONPATH for the Python inside nbdkit: our package, and what is installed for the Python that runs now."""
+    ours = Path(shadowvol.__file__).resolve().parent.parent
+    paths = sysconfig.get_paths()
+    return os.pathsep.join(dict.fromkeys([str(ours), paths["purelib"], paths["platlib"]]))
+
+
+def protect_process() -> None:
+    """Writing back must not wait for memory that only we can free; the kernel should end others first. Best effort."""
+    ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+    try:
+        Path("/proc/self/oom_score_adj").write_text(f"{_OOM_SCORE_ADJUST}\n", encoding="ascii")
+    except OSError:
+        pass
+
+
+def lock_memory() -> None:
+    """Keep in memory what is there and what comes. Not inherited over exec. Best effort.
+
+    Only with the capability: under a limit, the lock on future memory would make later allocations fail.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return
+    effective = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")), 0)
+    if effective & (1 << _CAP_IPC_LOCK):
+        ctypes.CDLL(None).mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
+
+
+def _take_lock(path: str) -> None:
+    low = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = fcntl.fcntl(low, fcntl.F_DUPFD, _DESCRIPTOR_MIN)  # inheritable
+    os.close(low)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _give_up(f"{path} is held: this member, or its predecessor, is still running", LOCK_HELD_EXIT)
+
+
+def _give_up(reason: str, code: int = 1) -> NoReturn:
+    print(f"shadowvol: {reason}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def serve(listen_fd: int, lock_path: str, spec: str, threads: int) -> NoReturn:
+    """Becomes nbdkit, or exits."""
+    _take_lock(lock_path)
+    if listen_fd == LISTEN_FD:
+        os.set_inheritable(listen_fd, True)
+    else:
+        os.dup2(listen_fd, LISTEN_FD)
+        os.close(listen_fd)
+    protect_process()
+    plugin = str(Path(__file__).resolve().with_name("plugin.py"))
+    command = ["nbdkit", "--foreground", "--threads", str(threads), "python", plugin, f"spec={spec}"]
+    environment = dict(os.environ, PYTHONPATH=python_path(), LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+    os.execvpe(command[0], command, environment)
+
+
+def main() -> NoReturn:
+    parser = argparse.ArgumentParser(prog="shadowvol.nbd.serve", description="Start the data plane of a volume.")
+    parser.add_argument("--listen-fd", type=int, required=True)
+    parser.add_argument("--lock", required=True)
+    parser.add_argument("--spec", required=True)
+    parser.add_argument("--threads", type=int, default=THREADS_DEFAULT)
+    options = parser.parse_args()
+    try:
+        serve(options.listen_fd, options.lock, options.spec, options.threads)
+    except OSError as error:
+        _give_up(f"cannot start the member: {error}")
+
+
+if __name__ == "__main__":
+    main()

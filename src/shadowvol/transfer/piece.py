@@ -1,0 +1,141 @@
+"""Copying one piece: read, hash, find zeroes, write, begin write-back, read back. Runs in a worker's thread.
+
+Whether a byte may be copied at all is not asked here: the window protocol guarantees that every write of an application
+since the window opened is recopied. For the same reason a difference at reading back may be an application's mirrored
+write that came in between: such blocks are read again, both sides, before anything is called a failure.
+"""
+
+import errno
+import threading
+from dataclasses import dataclass
+
+import xxhash
+
+from shadowvol.transfer.jobs import Tally
+from shadowvol.transfer.legs import Leg, LegError
+from shadowvol.transfer.memory import Buffer, differing_runs, zero_runs
+from shadowvol.transfer.plan import Piece, PieceKind
+
+VERIFY_TRIES = 3  # readings of a differing block after the first
+VERIFY_WAIT_S = 0.01  # grows with each try
+PUNCH_BYTES_MIN = 256 << 10  # a shorter run of zeroes over data is cheaper to write than to punch
+
+
+class Halted(Exception):
+    """The job was halted between two steps of a piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class PieceResult:
+    """What one piece came to; `digest` is of what was read from the leg copied from."""
+
+    tally: Tally
+    digest: bytes | None
+
+
+class PieceCopier:
+    """One worker's buffers and the steps of a piece. Belongs to one thread."""
+
+    def __init__(self) -> None:
+        self._front = Buffer()  # what was read
+        self._back = Buffer()  # what the other leg has
+
+    def run(
+        self, piece: Piece, source: Leg, target: Leg, verify: bool, compare_first: bool, halt: threading.Event
+    ) -> PieceResult:
+        """Raises LegError, naming the leg, or Halted. May be repeated as a whole."""
+        tally, digest = Tally(), None
+        if piece.kind is PieceKind.SKIP:
+            tally.skipped = piece.length
+        elif piece.kind is PieceKind.ZERO:
+            self._make_hole(piece, source, target, verify, compare_first, tally)
+            if verify:
+                self._verify(piece, source, target, halt)
+        else:
+            front = self._front.view[: piece.length]
+            source.pread_into(front, piece.offset)
+            tally.read = piece.length
+            digest = xxhash.xxh3_128_digest(front)
+            if halt.is_set():
+                raise Halted
+            if compare_first:
+                self._store_differences(piece, target, tally)
+            else:
+                self._store(piece, target, tally)
+            if verify:
+                self._verify(piece, source, target, halt)
+        return PieceResult(tally, digest)
+
+    def _make_hole(
+        self, piece: Piece, source: Leg, target: Leg, verify: bool, compare_first: bool, tally: Tally
+    ) -> None:
+        """With `verify` or `compare_first` the piece fits the buffers (Planner), and the hole is read like data."""
+        if verify or compare_first:
+            source.pread_into(self._front.view[: piece.length], piece.offset)
+        if compare_first:
+            target.pread_into(self._back.view[: piece.length], piece.offset)
+            if zero_runs(self._back, piece.length) == [(0, piece.length)]:
+                tally.skipped = piece.length
+                return
+        target.zero(piece.offset, piece.length)
+        tally.zeroed = piece.length
+
+    def _store_differences(self, piece: Piece, target: Leg, tally: Tally) -> None:
+        target.pread_into(self._back.view[: piece.length], piece.offset)
+        for start, end in differing_runs(self._front, self._back, piece.length):
+            target.pwrite(self._front.view[start:end], piece.offset + start)
+            tally.written += end - start
+        if tally.written:
+            target.start_writeback(piece.offset, piece.length)
+
+    def _store(self, piece: Piece, target: Leg, tally: Tally) -> None:
+        """Write the piece, leaving holes where it is zero and the target is a hole, making them where that pays."""
+        written = 0  # up to here the piece is dealt with
+        for start, end in self._zero_runs_apart(piece, target, tally):
+            self._write(piece, target, written, start, tally)
+            written = end
+        self._write(piece, target, written, piece.length, tally)
+        if tally.written:
+            target.start_writeback(piece.offset, piece.length)
+
+    def _zero_runs_apart(self, piece: Piece, target: Leg, tally: Tally) -> list[tuple[int, int]]:
+        """Deal with the runs of zeroes that are not worth writing; (start, end) of each."""
+        runs = zero_runs(self._front, piece.length)
+        if not runs:
+            return []
+        holes = [
+            (extent.offset - piece.offset, extent.offset + extent.length - piece.offset)
+            for extent in target.extents(piece.offset, piece.length)
+            if extent.hole
+        ]
+        apart = []
+        for start, end in runs:
+            if any(hole_start <= start and end <= hole_end for hole_start, hole_end in holes):
+                tally.skipped += end - start
+            elif end - start >= min(PUNCH_BYTES_MIN, piece.length):
+                target.zero(piece.offset + start, end - start)
+                tally.zeroed += end - start
+            else:
+                continue
+            apart.append((start, end))
+        return apart
+
+    def _write(self, piece: Piece, target: Leg, start: int, end: int, tally: Tally) -> None:
+        if end > start:
+            target.pwrite(self._front.view[start:end], piece.offset + start)
+            tally.written += end - start
+
+    def _verify(self, piece: Piece, source: Leg, target: Leg, halt: threading.Event) -> None:
+        """Compare what the target's medium holds with what was read."""
+        target.read_back(self._back.view[: piece.length], piece.offset)
+        for start, end in differing_runs(self._front, self._back, piece.length):
+            for attempt in range(1, VERIFY_TRIES + 1):
+                if halt.wait(VERIFY_WAIT_S * attempt):
+                    raise Halted
+                source.pread_into(self._front.view[start:end], piece.offset + start)
+                target.read_back(self._back.view[start:end], piece.offset + start)
+                if self._front.view[start:end] == self._back.view[start:end]:
+                    break
+            else:
+                text = f"verify mismatch at {piece.offset + start}, {end - start} bytes"
+                raise LegError(target.name, errno.EIO, text, final=True)

@@ -1,0 +1,116 @@
+"""What clients saw, block by block, and the judgement: a register that loses nothing and never goes back.
+
+Each write of a block carries a value of its own, so a history is linearizable exactly if the zones of its clusters
+(a value's write and its reads) do not conflict (P. B. Gibbons, E. Korach, "Testing shared memories", 1997):
+a cluster's zone runs from its earliest end to its latest start; where the end comes first it is a *forward* zone.
+Two forward zones must not overlap, and no backward zone may lie inside a forward one.
+
+A power loss ends an era. What survives it is one of the values that no flushed, acknowledged, later write replaced;
+the first read of the next era tells which, and then it is a value like any other.
+"""
+
+from dataclasses import dataclass, field
+
+NEVER = float("inf")
+
+
+@dataclass(slots=True)
+class WriteOp:
+    value: int
+    host: str
+    start: float
+    end: float = NEVER  # NEVER: not acknowledged (or answered with an error)
+
+
+@dataclass(slots=True)
+class BlockHistory:
+    """One block in one era. `initial` are the values that it may have begun with."""
+
+    initial: set[int]
+    writes: list[WriteOp] = field(default_factory=list)
+    reads: list[tuple[int, float, float]] = field(default_factory=list)  # value, start, end
+    flushed_before: dict[str, float] = field(default_factory=dict)  # host -> start of its last acknowledged flush
+    durable_writes: list[WriteOp] = field(default_factory=list)
+
+
+class History:
+    """All blocks. `problems` lists violations in words."""
+
+    def __init__(self, block_count: int) -> None:
+        self.blocks = [BlockHistory({0}) for _ in range(block_count)]
+        self.problems: list[str] = []
+        self.era_start = 0.0
+
+    def flushed(self, host: str, began: float) -> None:
+        """A flush on `host` that began at `began` was acknowledged: its host's writes before are durable."""
+        for block in self.blocks:
+            for write in block.writes:
+                if write.host == host and write.end <= began and write not in block.durable_writes:
+                    block.durable_writes.append(write)
+
+    def judge(self) -> None:
+        for number, block in enumerate(self.blocks):
+            self._judge_block(number, block)
+
+    def power_loss(self, now: float) -> None:
+        """Judge the era, and begin the next with what may have survived."""
+        self.judge()
+        for block in self.blocks:
+            survivors: set[int] = set()
+            known = self._initial_seen(block)
+            candidates = [WriteOp(value, "", -1.0, -0.5) for value in ({known} if known is not None else block.initial)]
+            candidates += block.writes
+            for write in candidates:
+                replaced = any(
+                    write.end < later.start and (later in block.durable_writes) for later in block.writes
+                )
+                if not replaced:
+                    survivors.add(write.value)
+            block.initial = survivors
+            block.writes, block.reads, block.durable_writes = [], [], []
+        self.era_start = now
+
+    def _initial_seen(self, block: BlockHistory) -> int | None:
+        written = {write.value for write in block.writes}
+        seen = {value for value, _, _ in block.reads if value not in written}
+        return seen.pop() if len(seen) == 1 else None
+
+    def _judge_block(self, number: int, block: BlockHistory) -> None:
+        written = {write.value: write for write in block.writes}
+        old = {value for value, _, _ in block.reads if value not in written}
+        if len(old) > 1:
+            self.problems.append(f"block {number}: reads disagree on what survived: {sorted(old)}")
+            return
+        if old - block.initial:
+            self.problems.append(
+                f"block {number}: read {old.pop()}, but only {sorted(block.initial)} can have survived"
+            )
+            return
+        clusters: dict[int, list[float]] = {}  # value -> [earliest end, latest start]
+        for value in old or {min(block.initial)}:
+            clusters[value] = [self.era_start - 1.0, self.era_start - 2.0]
+        for write in block.writes:
+            clusters[write.value] = [write.end, write.start]
+        for value, start, end in block.reads:
+            if value in written and end < written[value].start:
+                self.problems.append(f"block {number}: {value} was read before it was written")
+            zone = clusters[value]
+            zone[0] = min(zone[0], end)
+            zone[1] = max(zone[1], start)
+        self._judge_zones(number, {value: zone for value, zone in clusters.items() if zone[0] != NEVER})
+
+    def _judge_zones(self, number: int, clusters: dict[int, list[float]]) -> None:
+        forward = sorted((zone[0], zone[1], value) for value, zone in clusters.items() if zone[0] < zone[1])
+        for (_, high, value), (low, _, following) in zip(forward, forward[1:], strict=False):
+            if low < high:
+                self.problems.append(
+                    f"block {number}: values {value} and {following} alternate: a read went back or a write was lost"
+                )
+        for value, zone in clusters.items():
+            if zone[0] >= zone[1]:  # backward: [latest start, earliest end]
+                for low, high, other in forward:
+                    if low < zone[1] and zone[0] < high:
+                        self.problems.append(
+                            f"block {number}: value {value} (all within {zone[1]:.4f}-{zone[0]:.4f}) never appeared "
+                            f"between reads of {other} ({low:.4f}-{high:.4f}): a write was lost or a read went back"
+                        )

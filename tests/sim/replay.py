@@ -1,0 +1,27 @@
+"""Replay one seed with its trace:  python -m tests.sim.replay SEED [PROFILE] [--omit RULE]"""
+
+import argparse
+import sys
+
+from tests.sim.scenario import PROFILES, profile_of, run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("seed", type=int)
+    parser.add_argument("profile", nargs="?")
+    parser.add_argument("--omit", default="")
+    parser.add_argument("--tail", type=int, default=0, help="only the last N lines of the trace")
+    arguments = parser.parse_args()
+    profile = PROFILES[arguments.profile or profile_of(arguments.seed)]
+    omit = frozenset(arguments.omit.split(",")) if arguments.omit else frozenset()
+    outcome = run(arguments.seed, profile, omit, trace=True)
+    for line in outcome.trace[-arguments.tail :]:
+        sys.stdout.write(line + "\n")
+    for problem in outcome.problems:
+        sys.stdout.write(f"PROBLEM {problem}\n")
+    return 1 if outcome.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,427 @@
+"""One simulated run: clients, an operator and misfortune on a World, then calm, convergence and judgement."""
+
+from dataclasses import dataclass, replace
+
+from shadowvol.core.inflight import Ticket
+from shadowvol.core.legs import BOTH_OK, SOURCE, TARGET, Phase
+from tests.sim.history import WriteOp
+from tests.sim.world import Member, Profile, World
+
+SETTLE_S = 60.0  # virtual seconds of calm in which everything must converge
+CHECK_S = 0.1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    problems: list[str]
+    coverage: dict[str, int]
+    trace: list[str]
+    operations: int
+
+
+class Client:
+    """One application thread on one host: a request at a time, again after its member comes back."""
+
+    def __init__(self, world: World, host: str, number: int) -> None:
+        self.world = world
+        self.host = host
+        self.number = number
+        self.operations = 0
+        self.idle = True
+
+    def start(self) -> None:
+        self.world.at(self.world.rng.random() * 0.05, self.next)
+
+    def next(self) -> None:
+        world, rng = self.world, self.world.rng
+        self.idle = True
+        member = world.members[self.host]
+        if world.stopping:
+            return
+        if member is None or not member.alive or world.now < member.paused_until:
+            world.at(0.02, self.next)
+            return
+        self.idle = False
+        self.operations += 1
+        roll = rng.random()
+        if roll < world.profile.flush_share:
+            self.flush(member)
+        elif roll < world.profile.flush_share + world.profile.read_share:
+            self.read(member)
+        else:
+            self.write(member)
+        # A client whose member dies starts over when it is back.
+        self._watch(member, self.operations, world.power_epoch)
+
+    def _watch(self, member: Member, operation: int, power: int) -> None:
+        world = self.world
+        if power != world.power_epoch or self.idle or operation != self.operations:
+            return
+        if not member.alive:
+            self.next()
+            return
+        world.at(0.05, lambda: self._watch(member, operation, power))
+
+    def again(self) -> None:
+        world = self.world
+        self.idle = True
+        if world.now < world.quiet_until:
+            world.at(world.quiet_until - world.now + 0.01, self.next)
+        else:
+            world.at(world.rng.random() * world.profile.think_s, self.next)
+
+    def _range(self) -> tuple[int, int]:
+        world, rng = self.world, self.world.rng
+        size = world.geometry.size_bytes
+        if rng.random() < world.profile.whole_writes:
+            start = rng.randrange(0, size, 2)
+            return start, min(size, start + 2 * rng.randint(1, 2))
+        start = rng.randrange(min(size, world.profile.span_blocks))
+        return start, min(size, start + rng.randint(1, 3))
+
+    def _mine(self, start: int, end: int) -> tuple[int, int]:
+        """On several hosts each writes its own regions: without a lock, nothing else is defined."""
+        world = self.world
+        hosts = len(world.hosts)
+        if hosts == 1:
+            return start, end
+        region = start // 2
+        region -= (region - world.hosts.index(self.host)) % hosts
+        if region < 0:
+            region += hosts
+        start = region * 2 + start % 2
+        return start, min(end if end > start else start + 1, region * 2 + 2)
+
+    def write(self, member: Member) -> None:
+        world = self.world
+        start, end = self._mine(*self._range())
+        values: dict[int, int] = {}
+        writes: list[WriteOp] = []
+        for block in range(start, end):
+            world.value += 1
+            values[block] = world.value
+            op = WriteOp(world.value, self.host, world.now)
+            writes.append(op)
+            world.history.blocks[block].writes.append(op)
+        ticket: list[Ticket] = []
+        failed: list[tuple[int, int, int]] = []
+        legs_left: list[tuple[int, int, int]] = []
+        name = f"client {self.number}@{self.host} write [{start},{end}) = {writes[0].value}.."
+
+        def admitted() -> bool:
+            made = member.engine.admit_write(start, end)
+            if made is None:
+                return False
+            ticket.append(made)
+            first = 1 - member.engine.preferred
+            for leg in (first, 1 - first):
+                legs_left.extend((leg, a, b) for a, b, legs in made.runs if legs & (1 << leg))
+            world.note(f"{name} admitted to {made.runs}")
+            world.at(0, next_leg)
+            return True
+
+        def next_leg() -> None:
+            if not member.alive:
+                return
+            if not legs_left:
+                member.engine.finish_write(ticket[0], start, end, failed, "EIO")
+                world.wait(member, settled)
+                return
+            leg, a, b = legs_left.pop(0)
+
+            def landed(ok: bool) -> None:
+                if not ok:
+                    failed.append((leg, a, b))
+                    world.coverage["leg write failed"] += 1
+                next_leg()
+
+            world.leg_write(member, leg, {block: values[block] for block in range(a, b)}, landed)
+
+        def settled() -> bool:
+            if not ticket[0].settled:
+                return False
+            if ticket[0].error is None:
+                for op in writes:
+                    op.end = world.now
+                if failed:
+                    world.coverage["write succeeded although a leg failed"] += 1
+            else:
+                world.coverage["write answered with an error"] += 1
+            world.note(f"{name} answered {ticket[0].error or 'ok'}")
+            self.again()
+            return True
+
+        world.wait(member, admitted)
+
+    def read(self, member: Member, tries: int = 0, began: float | None = None) -> None:
+        world = self.world
+        start, end = self._range()
+        began = world.now
+
+        def attempt(tries: int) -> None:
+            def admitted() -> bool:
+                made = member.engine.admit_read(start, end)
+                if made is None:
+                    return False
+                made.tries = tries
+                self._read_runs(member, made, start, end, began, attempt)
+                return True
+
+            world.wait(member, admitted)
+
+        attempt(tries)
+
+    def _read_runs(self, member: Member, ticket: Ticket, start: int, end: int, began: float, attempt) -> None:
+        world = self.world
+        left = list(ticket.runs)
+        got: dict[int, int] = {}
+        failed: list[tuple[int, int, int]] = []
+
+        def next_run() -> None:
+            if not left:
+                member.engine.finish_read(ticket, failed, "EIO" if failed else "")
+                world.wait(member, settled)
+                return
+            a, b, leg_bit = left.pop(0)
+            leg = leg_bit - 1
+
+            def fetched(values: dict[int, int] | None) -> None:
+                if values is None:
+                    failed.append((leg, a, b))
+                    world.coverage["leg read failed"] += 1
+                else:
+                    got.update(values)
+                next_run()
+
+            world.leg_read(member, leg, range(a, b), fetched)
+
+        def settled() -> bool:
+            if not ticket.settled:
+                return False
+            if ticket.retry:
+                world.coverage["read moved to the other leg after an error"] += 1
+                attempt(ticket.tries)
+                return True
+            if ticket.error is None:
+                for block, value in got.items():
+                    world.history.blocks[block].reads.append((value, began, world.now))
+                world.note(f"client {self.number}@{self.host} read [{start},{end}) = {[got[b] for b in sorted(got)]}")
+            self.again()
+            return True
+
+        next_run()
+
+    def flush(self, member: Member) -> None:
+        world = self.world
+        began = world.now
+
+        def done(ticket) -> None:
+            if ticket.error is None:
+                world.history.flushed(self.host, began)
+            else:
+                world.coverage["flush answered with an error"] += 1
+            self.again()
+
+        world.flush(member, 0, done)
+
+
+def _misfortune(world: World) -> None:
+    """Schedule what may go wrong, at the profile's rates."""
+    profile, rng = world.profile, world.rng
+
+    def every(rate: float, action) -> None:
+        if rate <= 0:
+            return
+
+        def fire() -> None:
+            if world.stopping:
+                return
+            action()
+            world.at(rng.expovariate(rate), fire)
+
+        world.at(rng.expovariate(rate), fire)
+
+    def leg_trouble() -> None:
+        disk = world.disks[rng.randrange(2)]
+        if rng.random() < profile.flush_faults:
+            disk.fail_flush = 0.5
+        else:
+            disk.fail_write, disk.fail_read = rng.choice([(0.5, 0.0), (0.0, 0.5), (1.0, 1.0), (0.3, 0.3)])
+        world.note(f"leg trouble on {disk.name}: {disk.fail_write} {disk.fail_read} {disk.fail_flush}")
+        if rng.random() < 0.15:
+            other = world.disks[1 - world.disks.index(disk)]
+            other.fail_write = 0.2
+        world.at(rng.random() * 0.4, calm_legs)
+
+    def calm_legs() -> None:
+        for disk in world.disks:
+            disk.fail_write = disk.fail_read = disk.fail_flush = 0.0
+
+    def pause_member() -> None:
+        member = world.members[rng.choice(world.hosts)]
+        if member is not None:
+            world.coverage["member paused"] += 1
+            member.paused_until = world.now + rng.random() * 0.8
+
+    def be_quiet() -> None:
+        world.quiet_until = world.now + 1.0 + rng.random()
+
+    every(profile.leg_faults, leg_trouble)
+    every(profile.member_kill, lambda: world.kill_member(rng.choice(world.hosts)))
+    every(profile.leader_kill, lambda: world.kill_leader(rng.random() < profile.zombie))
+    every(profile.copier_kill, world.kill_copier)
+    every(profile.member_pause, pause_member)
+    every(profile.quiet, be_quiet)
+    every(profile.commands, lambda: operator(world, rng.choice(profile.verbs)))
+    if profile.power_loss > 0 and rng.random() < profile.power_loss * profile.duration_s:
+        world.power_at = rng.random() * profile.duration_s
+
+
+def operator(world: World, verb: str) -> None:
+    leader = world.leader
+    if leader is None or len(world.commands_open) > 3:
+        return
+    options: dict[str, object] = {}
+    if verb in ("cutover", "undo"):
+        options["early"] = world.rng.random() < 0.5
+    if verb == "commit":
+        options = {"keep_undo": world.rng.random() < 0.6, "force": world.rng.random() < 0.3}
+    world.command_number += 1
+    world.commands_open[world.command_number] = verb
+    world.note(f"operator: {verb} {options}")
+    leader.engine.command(world.command_number, verb, options, world.now)
+    world.pump_leader(leader)
+
+
+def run(seed: int, profile: Profile, omit: frozenset[str] = frozenset(), trace: bool = False) -> Outcome:
+    """The whole of one seed. Problems come with the trace if it was asked for."""
+    world = World(seed, profile, omit, trace)
+    for host in world.hosts:
+        world.start_member(host)
+    world.start_leader()
+    clients = [Client(world, host, number) for host in world.hosts for number in range(profile.clients)]
+    try:
+        world.run_until(0.5)
+        if profile.start_at_once:
+            operator(world, "start")
+        _begin(world, clients)
+        _converge(world)
+        world.compare_legs()
+        if not world.history.problems:
+            _read_everything(world)
+        world.history.judge()
+    except Stuck as stuck:
+        world.history.problems.append(f"stuck: {stuck}")
+    except Exception as error:
+        world.history.problems.append(f"engine failed: {error!r}")
+        if trace:
+            raise
+    return Outcome(
+        world.history.problems, dict(world.coverage), world.trace or [], sum(client.operations for client in clients)
+    )
+
+
+class Stuck(Exception):
+    """The world does not settle: a protocol waits for ever."""
+
+
+def _begin(world: World, clients: list[Client]) -> None:
+    for client in clients:
+        client.start()
+    _misfortune(world)
+    end = world.now + world.profile.duration_s
+    while world.now < end:
+        if world.power_at is not None and world.now >= world.power_at:
+            world.power_at = None
+            world.power_loss()
+            for client in clients:
+                client.idle = True
+                client.start()
+            _misfortune(world)
+            world.power_at = None
+        until = min(end, world.power_at if world.power_at is not None else end)
+        world.run_until(max(until, world.now + 0.0001))
+
+
+def _converge(world: World) -> None:
+    """Calm: no more faults or requests; everything must come to rest, and the copy to its end."""
+    world.calm = True
+    world.stopping = True
+    for disk in world.disks:
+        disk.fail_write = disk.fail_read = disk.fail_flush = 0.0
+    for member in world.members.values():
+        if member is not None:
+            member.paused_until = min(member.paused_until, world.now + 0.3)
+
+    def resume() -> None:
+        if world.leader is not None and world.leader.engine.state.paused:
+            operator(world, "resume")
+        world.at(1.0, resume)
+
+    resume()
+
+    def settled() -> bool:
+        leader = world.leader
+        if leader is None or leader.engine.exclusive or leader.engine.windows or leader.engine.sync_queued:
+            return False
+        if any(member is None or not member.engine.joined or member.waiting for member in world.members.values()):
+            return False
+        if any(member.engine.inflight.writes or member.engine.inflight.reads for member in world.members.values()):
+            return False
+        phase = leader.engine.phase
+        if leader.engine.state.goal is not None or world.zombies_writing():
+            return False
+        return phase in (Phase.SETUP, Phase.SYNCED, Phase.COMMITTED)
+
+    limit = world.now + SETTLE_S
+    while world.now < limit:
+        world.run_until(world.now + CHECK_S)
+        if settled():
+            return
+    leader = world.leader
+    doing = leader.engine.doing() if leader else "no leader"
+    members = {host: member and member.engine.snapshot() for host, member in world.members.items()}
+    waiting = {host: (len(member.waiting), member.engine.blocked) for host, member in world.members.items() if member}
+    raise Stuck(f"{doing}, phase {leader and leader.engine.phase}, {members}, waiting {waiting}")
+
+
+def _read_everything(world: World) -> None:
+    """After the end: what the map says is readable is what was acknowledged; also after one more power loss."""
+    for tail in (False, True):
+        if tail:
+            if world.rng.random() < 0.5:
+                return
+            world.power_loss()
+            world.calm = True
+            world.run_until(world.now + 3.0)
+        record = world.record()
+        for region in range(world.geometry.region_count):
+            bits = record.map.bits[region]
+            leg = record.state.preferred if bits & (1 << record.state.preferred) else 1 - record.state.preferred
+            if record.state.phase is Phase.COMMITTED:
+                leg = TARGET
+            for block in range(*world.geometry.region_extent(region, region + 1)):
+                value = world.disks[leg].cache[block]
+                world.history.blocks[block].reads.append((value, world.now, world.now + 0.01))
+        world.now += 1.0
+
+
+DEFAULT = Profile()
+PROFILES: dict[str, Profile] = {
+    "one host": DEFAULT,
+    "two hosts": replace(DEFAULT, hosts=2, clients=1),
+    "three hosts": replace(DEFAULT, hosts=3, clients=1, regions=6),
+    "faults": replace(DEFAULT, leg_faults=2.0, member_kill=0.05, leader_kill=0.05),
+    "switches": replace(DEFAULT, hosts=2, commands=8.0, leg_faults=0.1, verbs=("cutover", "undo")),
+    "power": replace(DEFAULT, power_loss=1.0, leg_faults=0.8, flush_faults=0.8, quiet=0.5, flush_share=0.25),
+    "leaders": replace(DEFAULT, hosts=2, leader_kill=1.0, zombie=0.7, member_kill=0.1),
+}
+
+
+def profile_of(seed: int) -> str:
+    """The suite's mix."""
+    names = list(PROFILES)
+    return names[seed % len(names)]
+
+
+__all__ = ["BOTH_OK", "PROFILES", "SOURCE", "Outcome", "run"]
