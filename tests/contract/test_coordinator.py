@@ -11,7 +11,9 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ import trio.testing
 from shadowvol.clustersync import statefile
 from shadowvol.clustersync.coordinator import Change, Coordinator, CoordinatorUnreachable, RecordDamaged
 from shadowvol.clustersync.open import open_coordinator
-from shadowvol.clustersync.sqlite import SqliteCoordinator
-from shadowvol.clustersync.statefile import FORMAT, TOMBSTONES_MAX, TRIM_EVERY_REVISIONS, HistoryCompacted
+from shadowvol.clustersync.sqlite import GROUP_BYTES_MAX, SqliteCoordinator
+from shadowvol.clustersync.statefile import FORMAT, TOMBSTONES_MAX, TRIM_EVERY_REVISIONS, HistoryCompacted, StateFile
 from shadowvol.core.txn import Compare, Entry, Holds, Txn
 from tests.support.memory_coordinator import MemoryCoordinator, MemoryStore
 
@@ -443,6 +445,7 @@ def script(code: str, *arguments: object) -> list[str]:
         import os, sys, trio
         from shadowvol.clustersync.coordinator import CoordinatorUnreachable
         from shadowvol.clustersync.sqlite import SqliteCoordinator
+        from shadowvol.clustersync.statefile import RESERVE_BYTES, TOMBSTONES_MAX, StateFile
         from shadowvol.core.txn import Compare, Holds, Txn
     """
     return [sys.executable, "-c", textwrap.dedent(imports) + textwrap.dedent(code), *map(str, arguments)]
@@ -508,6 +511,24 @@ async def test_many_processes_may_create_the_file_at_once(tmp_path: Path) -> Non
     await coordinator.aclose()
 
 
+def test_many_threads_may_create_the_file_at_once(tmp_path: Path) -> None:
+    """Whoever comes second finds the tables made; nobody is turned away because another is making them."""
+    for round_index in range(20):
+        path = tmp_path / f"{round_index}.db"
+        together = threading.Barrier(6)
+
+        def open_and_commit(index: int, path: Path = path, together: threading.Barrier = together) -> Any:
+            together.wait()
+            file = StateFile(path, reserve_bytes=64 << 10, tombstones_max=TOMBSTONES_MAX)
+            outcome = file.commit_group([put(f"{index}", b"")])
+            file.close()
+            return outcome
+
+        with ThreadPoolExecutor(6) as pool:
+            outcomes = [outcome for [outcome] in pool.map(open_and_commit, range(6))]
+        assert sorted(outcome.revision for outcome in outcomes) == [1, 2, 3, 4, 5, 6]
+
+
 FULL_DISK = """
     async def main(folder, reserve_bytes):
         arguments = {} if reserve_bytes == "default" else {"reserve_bytes": int(reserve_bytes)}
@@ -541,6 +562,11 @@ FULL_DISK = """
             print("large:", error.exceptions[0])
         await commit_much(100)
         await coordinator.aclose()
+        file = StateFile(path, RESERVE_BYTES, TOMBSTONES_MAX)
+        large = Txn(puts=(("large", os.urandom(60 << 20)),))
+        outcomes = file.commit_group([Txn(puts=(("map/1", b""),)), large, Txn(puts=(("map/2", b""),))])
+        assert [type(outcome).__name__ for outcome in outcomes] == ["Committed", "CoordinatorUnreachable", "Committed"]
+        file.close()
         print("went on")
     try:
         trio.run(main, *sys.argv[1:])
@@ -587,6 +613,18 @@ async def test_the_log_is_kept_and_reused(tmp_path: Path) -> None:
         assert log.stat().st_size == reserve_bytes
 
 
+async def test_a_deleted_log_is_filled_again(tmp_path: Path) -> None:
+    """As after an administrator looked into the file with sqlite3, which deletes the log on its way out."""
+    path, log = tmp_path / "record.db", tmp_path / "record.db-wal"
+    for _ in range(2):
+        coordinator = SqliteCoordinator(path, reserve_bytes=1 << 20)
+        assert log.stat().st_size >= 1 << 20
+        await coordinator.aclose()
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("SELECT count(*) FROM kv").fetchone()
+        assert not log.exists()
+
+
 async def test_the_files_are_readable_by_their_owner_only(file_place: SqlitePlace) -> None:
     await file_place.open().commit(put("a", b""))
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in file_place.path.parent.iterdir()}
@@ -610,6 +648,11 @@ async def test_concurrent_commits_share_an_fsync(file_place: SqlitePlace) -> Non
     assert outcomes.count(True) == 10
     assert statistics.commits == 100
     assert statistics.fsync_groups < 50
+    async with trio.open_nursery() as nursery:
+        for index in range(30):
+            nursery.start_soon(coordinator.commit, put(f"{index}", bytes(GROUP_BYTES_MAX // 3)))
+    large_groups = (await coordinator.statistics()).fsync_groups - statistics.fsync_groups
+    assert large_groups >= 10, "a group outgrew its limit"
 
 
 async def test_a_value_that_does_not_match_its_checksum_is_named(file_place: SqlitePlace) -> None:

@@ -180,7 +180,7 @@ def test_overlapping_writes_leave_equal_legs(synced: NbdMember, legs: tuple[Path
     clients = [synced.client(), synced.client()]
     for turn in range(40):
         cookies = [
-            (client, client.start_write(bytes([turn * 8 + index + 4 * side]) * 9000, 100 * index))
+            (client, client.start_write(bytes([(turn * 8 + index + 4 * side) % 256]) * 9000, 100 * index))
             for side, client in enumerate(clients)
             for index in range(4)
         ]

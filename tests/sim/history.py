@@ -29,8 +29,8 @@ class BlockHistory:
     initial: set[int]
     writes: list[WriteOp] = field(default_factory=list)
     reads: list[tuple[int, float, float]] = field(default_factory=list)  # value, start, end
-    flushed_before: dict[str, float] = field(default_factory=dict)  # host -> start of its last acknowledged flush
     durable_writes: list[WriteOp] = field(default_factory=list)
+    doubtful: list[WriteOp] = field(default_factory=list)
 
 
 class History:
@@ -45,8 +45,15 @@ class History:
         """A flush on `host` that began at `began` was acknowledged: its host's writes before are durable."""
         for block in self.blocks:
             for write in block.writes:
-                if write.host == host and write.end <= began and write not in block.durable_writes:
+                if write.host != host or write.end > began or write in block.doubtful:
+                    continue
+                if write not in block.durable_writes:
                     block.durable_writes.append(write)
+
+    def flush_failed(self, host: str) -> None:
+        """The application was told: of its host's writes so far nothing is certain any more, as on any disk."""
+        for block in self.blocks:
+            block.doubtful += [write for write in block.writes if write.host == host and write.end < NEVER]
 
     def judge(self) -> None:
         for number, block in enumerate(self.blocks):
@@ -67,7 +74,7 @@ class History:
                 if not replaced:
                     survivors.add(write.value)
             block.initial = survivors
-            block.writes, block.reads, block.durable_writes = [], [], []
+            block.writes, block.reads, block.durable_writes, block.doubtful = [], [], [], []
         self.era_start = now
 
     def _initial_seen(self, block: BlockHistory) -> int | None:

@@ -7,7 +7,7 @@ from shadowvol.core.legs import BOTH_OK, SOURCE, TARGET, Phase
 from tests.sim.history import WriteOp
 from tests.sim.world import Member, Profile, World
 
-SETTLE_S = 60.0  # virtual seconds of calm in which everything must converge
+SETTLE_S = 240.0  # virtual seconds of calm in which everything must converge
 CHECK_S = 0.1
 
 
@@ -219,6 +219,7 @@ class Client:
             if ticket.error is None:
                 world.history.flushed(self.host, began)
             else:
+                world.history.flush_failed(self.host)
                 world.coverage["flush answered with an error"] += 1
             self.again()
 

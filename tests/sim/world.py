@@ -418,11 +418,13 @@ class World:
                 if ticket[0].legs & (1 << leg) and not self.disks[leg].flush(member.opener):
                     failed[leg] = "flush failed"
                     self.coverage["flush failed"] += 1
+            self.note(f"flush {member.opener} token {token} legs {ticket[0].legs} failed {sorted(failed)}")
             member.engine.finish_flush(ticket[0], failed)
             self.wait(member, settled)
 
         def settled() -> bool:
             if ticket[0].settled:
+                self.note(f"flush {member.opener} token {token} settled {ticket[0].error}")
                 done(ticket[0])
             return ticket[0].settled
 
@@ -574,6 +576,7 @@ class World:
 
     def _copier_flush(self, leader: Leader, effect: DoCopierFlush) -> None:
         failed = {leg: "flush failed" for leg in effect.legs if not self.disks[leg].flush(leader.opener)}
+        self.note(f"copier flush legs {effect.legs} failed {sorted(failed)}")
         if failed:
             self.coverage["copier's flush failed"] += 1
         self._job_done(leader, effect.job, failed)

@@ -103,15 +103,17 @@ class LeaderStub:
                 self._spawn(self._receive, connection)
 
     def _receive(self, connection: socket.socket) -> None:
-        with connection:
+        try:
             while True:
-                try:
-                    frame, descriptors = receive_frame(connection)
-                except (OSError, EOFError, FramingError):  # the member, or the test, has hung up
-                    return
+                frame, descriptors = receive_frame(connection)
                 with self._lock:
                     self.listening_fds += descriptors
                     self._received(connection, frame.message, frame.blob)
+        except (OSError, EOFError, FramingError):
+            pass  # the member, or the test, has hung up
+        finally:
+            with self._lock:  # not while somebody sends
+                connection.close()
 
     def _received(self, connection: socket.socket, wire: dict[str, Any], blob: bytes) -> None:
         if wire["type"] == "Hello":

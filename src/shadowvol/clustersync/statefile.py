@@ -82,6 +82,9 @@ _UNREACHABLE_CODES = {
 _DAMAGED_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT}
 
 
+Outcome = Committed | CoordinatorUnreachable | RecordDamaged  # of one transaction of a group
+
+
 class HistoryCompacted(CoordinatorUnreachable):
     """A watch asked for changes older than the deletions still remembered: read again, watch from that revision."""
 
@@ -361,10 +364,10 @@ class StateFile:
 
     # Writing
 
-    def commit_group(self, txns: Sequence[Txn]) -> list[Committed | RecordDamaged]:
+    def commit_group(self, txns: Sequence[Txn]) -> list[Outcome]:
         """Judge each in turn, make those that hold durable together. One that meets damage answers for itself.
 
-        Raises CoordinatorUnreachable for all. When space is short each is tried alone, so that a large one does not
+        Raises CoordinatorUnreachable for all. But when space is short each is tried alone, so that a large one does not
         take small ones down with it: nothing of the group took effect then (it was rolled back).
         """
         try:
@@ -375,14 +378,17 @@ class StateFile:
             full = isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
             if not full or len(txns) == 1:
                 raise
-        return [outcome for txn in txns for outcome in self._commit_alone(txn)]
+        return [self._commit_alone(txn) for txn in txns]
 
-    def _commit_alone(self, txn: Txn) -> list[Committed | RecordDamaged]:
-        with self._translated():
-            return self._commit_together([txn])
+    def _commit_alone(self, txn: Txn) -> Outcome:
+        try:
+            with self._translated():
+                return self._commit_together([txn])[0]
+        except CoordinatorUnreachable as error:
+            return error
 
-    def _commit_together(self, txns: Sequence[Txn]) -> list[Committed | RecordDamaged]:
-        outcomes: list[Committed | RecordDamaged] = []
+    def _commit_together(self, txns: Sequence[Txn]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
         with self._transaction():
             first_revision = revision = self._meta("revision")
             for txn in txns:

@@ -88,10 +88,10 @@ def sync(leader: "LeaderEngine") -> Steps:
         if leader.joining.get(host) == number:
             del leader.joining[host]
             leader.live[host] = number
-    leader.sync_queued = bool(leader.joining or leader.gone)
-    # 3. Everyone gets the state, 4. and only then lets its I/O go.
+    # 3. Everyone gets the state, 4. and only then lets its I/O go. No window is opened before.
     yield AskAll(full_state(leader), "x")
     yield AskAll(Thaw(), "x")
+    leader.sync_queued = bool(leader.joining or leader.gone)
     if leader.joining or leader.gone:
         leader.queue_exclusive(sync(leader), "membership")
 

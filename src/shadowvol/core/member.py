@@ -58,6 +58,8 @@ from shadowvol.core.rules import NONE_OMITTED
 
 HOLD_LIMIT_S = 0.25  # a member lets a window's held writes go by itself after this long (DESIGN 7)
 READ_TRIES = 3  # a read that keeps failing on the leg it is sent to ends with the error
+APPLICATION = 0  # token of a flush that the application asked for; DoFlush has tokens of its own
+LEG_LOST = -1
 WINDOW_TOMBSTONES = 64  # a request for a window this far behind the newest ended one is a late duplicate
 
 
@@ -105,7 +107,7 @@ class FlushTicket:
 class MemberWindow:
     """An open window as a member sees it."""
 
-    __slots__ = ("broken", "from_leg", "held", "held_since_s", "hi", "lo", "runs", "to_leg", "touched")
+    __slots__ = ("broken", "failed", "from_leg", "held", "held_since_s", "hi", "lo", "runs", "to_leg", "touched")
 
     def __init__(self, runs: list[Run], from_leg: int, to_leg: int) -> None:
         self.runs = runs
@@ -117,6 +119,7 @@ class MemberWindow:
         self.held: list[Run] = []
         self.held_since_s: float | None = None
         self.broken = False
+        self.failed = False  # a write failed in it: every further step of it is refused here
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,9 @@ class MemberEngine:
         self._undo_asked: set[int] = set()
         self._undo_kept = False
         self._flush_tokens: dict[int, Request] = {}
+        self._flush_failed_at = [0, 0]  # activity clock of each leg's last failed flush
+        self._flushes_ending: list[FlushTicket] = []
+        self._owed: dict[int, str] = {}  # flush errors of last ok legs that no application flush has been told yet
         self._prepare_tokens: dict[int, Request] = {}
         self._token = 0
         self._idle_flush = 0
@@ -325,6 +331,9 @@ class MemberEngine:
         ticket.failed = failed
         if "fresh-dropped" not in self.omit:
             self._unmark_fresh([self.geometry.regions_of(first, last) for _, first, last in failed])
+        if "failed-write-ends-window" not in self.omit:
+            for _, first, last in failed:
+                self._fail_windows(first, last)
         self.inflight.stopped(ticket)
         if "fault-before-ack" in self.omit:
             self._tell_fault(self._zones_by_leg(failed), "write", error, lambda: None)
@@ -333,7 +342,10 @@ class MemberEngine:
         self._tell_fault(self._zones_by_leg(failed), "write", error, lambda: self._settle_write(ticket, error))
 
     def _settle_write(self, ticket: Ticket, error: str) -> None:
-        """Success exactly where every leg that is ok now took the write."""
+        """Success exactly where every leg that is ok now took the write.
+
+        A leg that became ok since (a window ended) cannot have lost it: OPEN is refused while the fault is not
+        settled, and a window in which a write failed is refused every further step."""
         lost = any(
             self.own[region] & (1 << leg)
             for leg, start, end in ticket.failed
@@ -350,7 +362,7 @@ class MemberEngine:
 
     # ------------------------------------------------------------------ data path: flush
 
-    def begin_flush(self, token: int = 0) -> FlushTicket | None:
+    def begin_flush(self, token: int = APPLICATION) -> FlushTicket | None:
         """A flush of every leg written since its last good one. None: not joined yet, wait."""
         if not self.joined:
             self.blocked = "joining"
@@ -363,7 +375,15 @@ class MemberEngine:
         return ticket
 
     def finish_flush(self, ticket: FlushTicket, failed: dict[int, str]) -> None:
-        """`failed`: error text per leg. Settles the ticket, or will at the reply."""
+        """`failed`: error text per leg. Settles the ticket, or will at the reply.
+
+        The kernel tells an open file of a failed write-back once, so of several flushes only one sees the error:
+        those that overlap it fail with it, and the error of a flush of our own is owed to the application's next."""
+        for leg in (SOURCE, TARGET):
+            if ticket.legs & (1 << leg) and self._flush_failed_at[leg] > ticket.capture and leg not in failed:
+                failed[leg] = "a flush at the same time failed"
+        for leg in failed:
+            self._flush_failed_at[leg] = self.activity.capture()
         ticket.failed = failed
         for leg in (SOURCE, TARGET):
             if ticket.legs & (1 << leg) and leg not in failed:
@@ -382,7 +402,7 @@ class MemberEngine:
             text = "; ".join(failed.values())
             self._tell_fault(faults, "flush", text, lambda: self._settle_flush(ticket))
         else:
-            ticket.settled = True
+            self._end_flush(ticket)
         if request is not None:
             self._answer(request, {"failed": sorted(failed)})
 
@@ -394,12 +414,28 @@ class MemberEngine:
             if leg in ticket.failed:
                 self.activity.settle_dirty(leg, zones, still_ok)
                 if still_ok and "flush-failure-clears" not in self.omit:
-                    ticket.error = ticket.failed[leg]
-        ticket.settled = True
+                    self._owed[leg] = ticket.failed[leg]
+                    self._flush_failed_at[leg] = self.activity.capture()
+        self._end_flush(ticket)
+
+    def _end_flush(self, ticket: FlushTicket) -> None:
+        """The application is told what is owed to it; while a failure is not settled, no flush is answered."""
+        self._flushes_ending.append(ticket)
+        if self.activity.unsettled_flush_failures:
+            return
+        ending, self._flushes_ending = self._flushes_ending, []
+        told = False
+        for each in ending:
+            if each.token == APPLICATION and self._owed:
+                each.error = "; ".join(self._owed.values())
+                told = True
+            each.settled = True
+        if told:
+            self._owed.clear()
 
     def leg_lost_writes(self, leg: int, error: str) -> None:
         """The leg's server was restarted or reconnected: what was not flushed may be gone (as a failed flush)."""
-        ticket = FlushTicket(1 << leg, self.activity.capture(), 0)
+        ticket = FlushTicket(1 << leg, self.activity.capture(), LEG_LOST)
         self.finish_flush(ticket, {leg: error})
 
     def open_legs(self) -> int:
@@ -515,10 +551,6 @@ class MemberEngine:
             self._token += 1
             self._prepare_tokens[self._token] = request
             self._effects.append(DoPrepare(self._token, body.verb, body.legs))
-        elif isinstance(body, Flush):
-            self._token += 1
-            self._flush_tokens[self._token] = request
-            self._effects.append(DoFlush(self._token))
         elif isinstance(body, Open):
             self._obey_open(request, body)
         elif isinstance(body, Drop):
@@ -526,6 +558,12 @@ class MemberEngine:
             self._answer(request, {})
         elif body.window not in self.windows:
             self._answer(request, {"no": "window is not open here"})
+        elif self.windows[body.window].failed:
+            self._answer(request, {"no": "a write failed in the window"})
+        elif isinstance(body, Flush):
+            self._token += 1
+            self._flush_tokens[self._token] = request
+            self._effects.append(DoFlush(self._token))
         elif isinstance(body, Touched):
             self._obey_touched(request, self.windows[body.window])
         elif isinstance(body, Close):
@@ -607,13 +645,24 @@ class MemberEngine:
 
     # ------------------------------------------------------------------ protocol: windows
 
+    def _fail_windows(self, start: int, end: int) -> None:
+        lo, hi = self.geometry.regions_of(start, end)
+        for window in self.windows.values():
+            window.failed |= overlaps(window.runs, lo, hi)
+
     def _obey_open(self, request: Request, body: Open) -> None:
+        extents = [self.geometry.region_extent(*run) for run in body.runs]
+        unsettled = any(
+            ticket.failed and overlaps(extents, ticket.start, ticket.end) for ticket in self.inflight.writes.values()
+        )
+        if unsettled and "unsettled-fault-refuses-open" not in self.omit:
+            self._answer(request, {"no": "a failed write there is not settled yet"})
+            return
         self.windows[body.window] = MemberWindow(body.runs, body.from_leg, body.to_leg)
         self._mark(body.runs, IN_WINDOW, True)
         fresh: list[Run] = []
         for lo, hi in body.runs:
             fresh += [run for run in self._runs_marked(FRESH, lo, hi)]
-        extents = [self.geometry.region_extent(*run) for run in body.runs]
 
         def drained() -> None:
             self._answer(request, {"fresh": fresh})

@@ -100,7 +100,9 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Flush both legs on the member's own connections; answer {"failed": [leg…]}."""
+    """Step 7: flush both legs on the member's own connections; answer {"failed": [leg…]}."""
+
+    window: int
 
 
 @dataclass(frozen=True, slots=True)

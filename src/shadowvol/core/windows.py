@@ -228,7 +228,7 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
     legs = (window.from_leg, window.to_leg) if "flush-both-legs" not in leader.omit else (window.to_leg,)
     yield from _flush_copier(leader, window, legs)
     if "flush-members" not in leader.omit:
-        answers = yield AskAll(Flush(), window.subject)
+        answers = yield AskAll(Flush(window.id), window.subject)
         _refused(answers)
         if any(answer["failed"] for answer in answers.values()):
             raise WindowFailed("a member's flush failed")

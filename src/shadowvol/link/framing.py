@@ -12,8 +12,8 @@ Invariants
   belongs to that frame, however many frames lie in the socket.
 - After a FramingError, a time-out or an OSError in the middle of a frame, sides no longer agree where a frame begins:
   close the link. The one exception: a cancelled TrioLink.receive() keeps what it has and may be called again.
-- Received descriptors are closed if the frame cannot be delivered; delivered ones belong to the caller. Sent ones stay
-  open here, and are the sender's to close.
+- Received descriptors whose frame cannot be delivered are closed (by a TrioLink: when it is closed); delivered ones
+  belong to the caller. Sent ones stay open here, and are the sender's to close.
 """
 
 import array
@@ -246,9 +246,6 @@ class TrioLink:
                 if frames:
                     fds, self._fds = self._fds, []
                     return frames[0], fds
-        except Exception:
-            close_all(self._fds)
-            raise
         finally:
             self._receive_guard.release()
 

@@ -41,6 +41,7 @@ class AgentLink:
         self._received = received
         self._log = log
         self._socket: socket.socket | None = None  # None: nothing is sent
+        self._sending = threading.Lock()  # held while sending; a socket is closed only after that
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
         self._stopping = threading.Event()
 
@@ -67,16 +68,17 @@ class AgentLink:
 
     def _send_for_ever(self) -> None:
         while (message := self._outbox.get()) is not None:
-            connection = self._socket
-            if connection is None:
-                continue
-            try:
-                wire, blob = (message, b"") if isinstance(message, dict) else to_wire(message)
-                send_frame(connection, wire, blob)
-            except Exception as error:
-                if not isinstance(error, OSError):
-                    self._log(f"cannot send {message!r}: {error!r}")
-                _hang_up(connection)  # the receiving thread notices, and connects again
+            with self._sending:
+                connection = self._socket
+                if connection is None:
+                    continue
+                try:
+                    wire, blob = (message, b"") if isinstance(message, dict) else to_wire(message)
+                    send_frame(connection, wire, blob)
+                except Exception as error:
+                    if not isinstance(error, OSError):
+                        self._log(f"cannot send {message!r}: {error!r}")
+                    _hang_up(connection)  # the receiving thread notices, and connects again
 
     def _receive_for_ever(self) -> None:
         while not self._stopping.is_set():
@@ -104,7 +106,9 @@ class AgentLink:
                 self._received(frame)
         finally:
             self._socket = None
-            _hang_up(connection)
+            _hang_up(connection)  # a sender that blocks returns
+            with self._sending:  # ... and has: the descriptor's number may be used again
+                pass
 
 
 def _hang_up(connection: socket.socket | None) -> None:

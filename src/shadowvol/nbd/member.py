@@ -39,6 +39,7 @@ LEG_POLL_S = 0.25  # a leg to be let go is looked at this often until its last I
 DOWN_LIMIT_S = 10.0  # `down` is answered after this long even if the activity log could not be emptied
 _DOWN_SKIP_S = 2 * IDLE_S  # the clock jumps by this when nobody is connected any more: every zone is idle at once
 
+# What must be open before a state takes effect. (The source that is kept for an undo after commit is open already.)
 _LEGS_OF_PHASE = {Phase.SETUP: S_OK, Phase.COPYING: BOTH_OK, Phase.SYNCED: BOTH_OK, Phase.COMMITTED: T_OK}
 
 
@@ -57,20 +58,23 @@ class MemberSpec:
 
     @classmethod
     def parse(cls, text: str) -> "MemberSpec":
-        """ValueError, KeyError or TypeError when it is not whole."""
-        plain = json.loads(text)
-        legs = [plain["legs"][name] for name in LEG_NAMES]
-        source, target = (None if leg is None else LegRecord.parse(leg) for leg in legs)
-        return cls(
-            str(plain["volume"]),
-            str(plain["description"]),
-            int(plain["size_bytes"]),
-            int(plain["region_bytes"]),
-            int(plain["incarnation"]),
-            str(plain["link"]),
-            source,
-            target,
-        )
+        """ValueError when it is not whole."""
+        try:
+            plain = json.loads(text)
+            legs = [plain["legs"][name] for name in LEG_NAMES]
+            source, target = (None if leg is None else LegRecord.parse(leg) for leg in legs)
+            return cls(
+                str(plain["volume"]),
+                str(plain["description"]),
+                int(plain["size_bytes"]),
+                int(plain["region_bytes"]),
+                int(plain["incarnation"]),
+                str(plain["link"]),
+                source,
+                target,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"spec= is not whole: {error!r}") from None
 
 
 class GoingDown(Exception):
@@ -184,9 +188,9 @@ class Member:
         if isinstance(message, Request) and isinstance(message.body, SetState):
             self._open_for(message, message.body)
         with self.data.lock:
-            phase = self.engine.phase
+            legs = self.engine.open_legs()
             self.engine.receive(message, self._now_s())
-            if self.engine.phase is not phase:
+            if self.engine.open_legs() != legs:
                 self._keep_only_open_legs()
             self._perform(self.engine.take_effects())
             self.data.changed.notify_all()
@@ -256,11 +260,11 @@ class Member:
             return
         phase = self.engine.phase if state.phase is None else Phase(state.phase)
         for leg in (SOURCE, TARGET):
-            if _LEGS_OF_PHASE[phase] & (1 << leg) and not self.legs.is_open(leg):
+            if _LEGS_OF_PHASE[phase] & (1 << leg) and not self.legs.kept[leg]:  # else: open, or tried again elsewhere
                 self._open(leg, None)
 
     def _keep_only_open_legs(self) -> None:
-        """With the lock, when the phase has changed."""
+        """With the lock, when the legs that the state needs have changed."""
         for leg in (SOURCE, TARGET):
             self.legs.kept[leg] = bool(self.engine.open_legs() & (1 << leg))
         self._leg_jobs.put(None)
