@@ -42,7 +42,7 @@ def full(tmp_path: Path) -> Iterator[Path]:
 
 
 def faults(member: NbdMember) -> list[tuple[str, tuple[tuple[int, list[tuple[int, int]]], ...]]]:
-    return [(ask.want.operation, ask.want.legs) for ask in member.leader.asked(Fault)]
+    return [(want.operation, want.legs) for want in member.leader.asked(Fault)]
 
 
 def until_told(member: NbdMember, client: Client) -> None:
@@ -133,9 +133,7 @@ def test_a_leg_that_is_another_medium_is_not_used(tmp_path: Path, source: Path) 
 def test_a_read_error_moves_to_the_other_leg_after_the_reply(tmp_path: Path, source: Path) -> None:
     source.write_bytes(b"s" * SIZE)
     target = leg_record(tmp_path / "missing")
-    with nbd_member(
-        tmp_path, leg_record(source), target, phase="copying", preferred=1, target_ok=True
-    ) as member:
+    with nbd_member(tmp_path, leg_record(source), target, phase="copying", preferred=1, target_ok=True) as member:
         client = member.client()
         with member.leader.withholding(Fault):
             cookie = client.start_read(4096, 0)
@@ -159,9 +157,7 @@ def test_a_read_that_no_leg_can_serve_is_an_error(tmp_path: Path) -> None:
 def test_a_failed_flush_of_the_target_is_settled_by_the_leader(tmp_path: Path, source: Path, full: Path) -> None:
     """Writes into the page cache of a disk succeed; only the flush finds that the medium is full."""
     with loop_device(full) as device:
-        with nbd_member(
-            tmp_path, leg_record(source), leg_record(device), phase="copying", target_ok=True
-        ) as member:
+        with nbd_member(tmp_path, leg_record(source), leg_record(device), phase="copying", target_ok=True) as member:
             client = member.client()
             client.write(b"x" * 8 * MIB, 0)
             with member.leader.withholding(Fault):
@@ -189,7 +185,8 @@ def test_a_failed_flush_of_the_only_leg_is_an_error(tmp_path: Path, full: Path) 
 def test_the_leader_s_flush_names_the_leg_that_failed(tmp_path: Path, source: Path) -> None:
     target = leg_record(tmp_path / "missing")
     with nbd_member(tmp_path, leg_record(source), target, phase="copying", target_ok=True) as member:
-        assert member.leader.request("f", Flush()) == {"failed": [1]}
+        member.leader.request("w1", Open(1, [(0, 1)], 0, 1))
+        assert member.leader.request("w1", Flush(1)) == {"failed": [1]}
 
 
 def test_a_failed_write_in_a_window_waits_for_the_leader(tmp_path: Path, source: Path) -> None:

@@ -83,7 +83,7 @@ def test_an_open_window_mirrors_and_remembers(copying: NbdMember, legs: tuple[Pa
 
 
 def test_a_window_becomes_ok_and_reads_may_move(copying: NbdMember, legs: tuple[Path, Path]) -> None:
-    """The whole round of a window, the copy done by the test; then a cutover of that region shows the target's bytes."""
+    """The whole round of a window, the copy done by the test; then a cutover shows the target's bytes."""
     leader = copying.leader
     client = copying.client()
     client.write(b"a" * MIB, 4 * MIB)
@@ -95,7 +95,7 @@ def test_a_window_becomes_ok_and_reads_may_move(copying: NbdMember, legs: tuple[
     assert leader.request("w1", Close(1)) == {"blocks": [[64, 65]]}
     assert leader.request("w1", HoldBlocks(1, [(64, 65)])) == {}
     assert leader.request("w1", ReleaseBlocks(1)) == {"unbroken": True}
-    assert leader.request("f", Flush()) == {"failed": []}
+    assert leader.request("w1", Flush(1)) == {"failed": []}
     leader.map.set_ok(1, [(4, 5)])
     assert leader.request("x", SetState(changes=((1, True, [(4, 5)]),), close=(1,), preferred=1)) == {}
     with legs[1].open("r+b") as target:  # to see from where it is read
@@ -180,7 +180,7 @@ def test_a_mirrored_write_waits_for_its_zone_in_the_log(synced: NbdMember, legs:
         assert legs[0].stat().st_blocks == legs[1].stat().st_blocks == 0
     for cookie in held:
         client.wait(cookie)
-    asked = [run for ask in synced.leader.asked(LogZones) for run in ask.want.zones]
+    asked = [run for want in synced.leader.asked(LogZones) for run in want.zones]
     assert sorted(asked) == [(0, 1), (2, 3)], "each zone is asked for once"
     client.close()
 
@@ -189,7 +189,7 @@ def test_an_idle_volume_empties_its_log(synced: NbdMember) -> None:
     client = synced.client()
     client.write(b"z" * 4096, 0)
     wait_for(lambda: synced.leader.asked(UnlogZones), 15, "the zone's removal")
-    assert synced.leader.asked(UnlogZones)[0].want.zones == [(0, 1)]
+    assert synced.leader.asked(UnlogZones)[0].zones == [(0, 1)]
     synced.leader.latest_stats(lambda stats: stats["engine"]["zones_logged"] == 0)
     client.close()
 
@@ -267,7 +267,7 @@ def test_commit_with_undo_kept_clears_the_source_before_the_first_write(
         assert legs[1].stat().st_blocks == 0
     client.wait(held)
     client.write(b"d" * 4096, 21 * MIB)
-    assert [ask.want.zones for ask in leader.asked(ClearUndo)] == [[(1, 2)]], "once per zone"
+    assert [want.zones for want in leader.asked(ClearUndo)] == [[(1, 2)]], "once per zone"
     assert leader.latest_stats()["legs"]["source"]["open"]
     assert legs[0].stat().st_blocks == 0
     client.close()

@@ -445,6 +445,7 @@ class World:
         engine = LeaderEngine(self.record(), host, limits=LIMITS, omit=self.omit)
         leader = Leader(engine, host)
         self.leader = leader
+        self.commands_open.clear()
         self.note(f"leader {host} epoch {engine.epoch}")
         self.coverage["leader started"] += 1
         if engine.transition is not None:

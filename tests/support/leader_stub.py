@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shadowvol.core.geometry import Geometry, Run
 from shadowvol.core.messages import (
@@ -33,6 +33,7 @@ from shadowvol.link.framing import FramingError, receive_frame, send_frame
 from tests.support.poll import wait_for
 
 DEADLINE_S = 20.0
+W = TypeVar("W", LogZones, UnlogZones, Fault, ClearUndo)
 
 
 class LeaderStub:
@@ -186,9 +187,7 @@ class LeaderStub:
         """The consequence of a fault: the legs' bits are gone where the other leg still has them."""
         changes: list[tuple[int, bool, list[Run]]] = []
         for leg, zones in fault.legs:
-            regions = [
-                (self.geometry.zone_regions(lo)[0], self.geometry.zone_regions(hi - 1)[1]) for lo, hi in zones
-            ]
+            regions = [(self.geometry.zone_regions(lo)[0], self.geometry.zone_regions(hi - 1)[1]) for lo, hi in zones]
             before = bytes(self.map.bits)
             self.map.clear_ok(leg, regions)
             gone = [
@@ -222,9 +221,10 @@ class LeaderStub:
             for ask in late.values():
                 self.reply(ask)
 
-    def asked(self, kind: type) -> list[Ask]:
+    def asked(self, kind: type[W]) -> list[W]:
+        """What was asked for, of this kind."""
         with self._lock:
-            return [ask for ask in self.asks if isinstance(ask.want, kind)]
+            return [ask.want for ask in self.asks if isinstance(ask.want, kind)]
 
     def latest_stats(self, condition: Any = lambda stats: True) -> dict[str, Any]:
         """The next statistics that satisfy `condition`."""

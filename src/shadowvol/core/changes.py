@@ -192,6 +192,19 @@ def clear_bits(
         yield AskAll(Thaw(), "x")
 
 
+def persist_clear(leader: "LeaderEngine", faults: FaultLegs) -> Steps:
+    """Only the durable half of clear_bits(), for a change that holds everything and tells the members itself."""
+    changed = RegionMap(len(leader.map), bytes(leader.map.bits))
+    _clear(leader, changed, faults)
+    persisted = yield Persist(lambda: leader.txn(new_map=changed, chunks=_regions(leader, faults)))
+    if persisted:
+        before = leader.map.bits[:]
+        leader.map.bits[:] = changed.bits
+        window_void = [w for w in leader.void_windows("fault", _regions(leader, faults)) if before != changed.bits]
+        for window in window_void:
+            leader.void(window, "a leg failed in it")
+
+
 def copier_flush_failed(leader: "LeaderEngine", legs: list[int], error: str) -> Steps:
     """The copier's own flush failed: windows are void, and every member takes its unflushed writes as lost."""
     void = leader.void_windows("flush failed")
@@ -213,7 +226,8 @@ def _clear(leader: "LeaderEngine", changed: RegionMap, faults: FaultLegs) -> Non
 def _cleared_runs(before: RegionMap, after: RegionMap, leg: int, runs: list[Run]) -> list[Run]:
     cleared: list[Run] = []
     for lo, hi in runs:
-        cleared += [run for run in before.runs_equal(BOTH_OK, lo, hi) if not after.is_ok(leg, *run)]
+        for both in before.runs_equal(BOTH_OK, lo, hi):
+            cleared += after.runs_equal(1 << other(leg), *both)
     return merge_runs(cleared)
 
 

@@ -605,6 +605,10 @@ class MemberEngine:
             self.joined = True
         for leg, ok, runs in body.changes:
             self._change_bits(leg, ok, runs)
+        for _, _, runs in body.changes:
+            self._publish(runs)
+            if any(self.own.count(mark, *run) for run in runs for mark in (0, IN_WINDOW, FRESH, IN_WINDOW | FRESH)):
+                raise AssertionError("a region was left without an ok leg")
         for window in body.close:
             self._close_window(window)
         if body.phase is not None or body.preferred is not None or body.bits is not None:
@@ -618,7 +622,6 @@ class MemberEngine:
         off = bytes(value & ~(1 << leg) for value in range(256))
         for lo, hi in runs:
             self.own[lo:hi] = self.own[lo:hi].translate(on if ok else off)
-        self._publish(runs)
 
     def _let_go_of_closed_legs(self) -> None:
         for leg in (SOURCE, TARGET):

@@ -282,18 +282,28 @@ def done(leader: "LeaderEngine", window: Window) -> Steps:
     reads_move = window.to_leg == leader.state.preferred
     if reads_move:
         answers = yield AskAll(Freeze(window.runs, reads=False, writes=True), "x")
-        faults = [(leg, runs) for answer in answers.values() for leg, runs in answer["faults"]]
+        faults = [(leg, [(lo, hi) for lo, hi in runs]) for a in answers.values() for leg, runs in a["faults"]]
         if faults:
-            # A failed write that has not been settled yet: its leg must not be read there, not for an instant.
-            yield from changes.clear_bits(leader, [(leg, [(lo, hi) for lo, hi in runs]) for leg, runs in faults])
-    # What the map says now, for all of the window's regions.
-    now_ok: list[Run] = []
-    for lo, hi in window.runs:
-        now_ok += leader.map.runs_equal(S_OK | T_OK, lo, hi)
-    yield AskAll(SetState(changes=((window.to_leg, True, now_ok),), close=(window.id,)), "x")
+            # A failed write that is not settled yet: no member may read its leg there once another reads the other.
+            yield AskAll(Freeze(window.runs, reads=True, writes=True), "x")
+            yield from changes.persist_clear(leader, faults)
+    # What the map says now, for all of the window's regions, in one change.
+    said = tuple((leg, True, runs) for leg in (SOURCE, TARGET) if (runs := _ok_runs(leader, window, leg)))
+    unsaid = tuple((leg, False, runs) for leg in (SOURCE, TARGET) if (runs := _only_runs(leader, window, other(leg))))
+    yield AskAll(SetState(changes=said + unsaid, close=(window.id,)), "x")
     if reads_move:
         yield AskAll(Thaw(), "x")
     return True
+
+
+def _only_runs(leader: "LeaderEngine", window: Window, leg: int) -> list[Run]:
+    """The window's regions where `leg` alone is ok."""
+    return [run for lo, hi in window.runs for run in leader.map.runs_equal(1 << leg, lo, hi)]
+
+
+def _ok_runs(leader: "LeaderEngine", window: Window, leg: int) -> list[Run]:
+    both = [run for lo, hi in window.runs for run in leader.map.runs_equal(S_OK | T_OK, lo, hi)]
+    return merge_runs(both + _only_runs(leader, window, leg))
 
 
 def _fail(leader: "LeaderEngine", window: Window, reason: str, leg: int | None) -> Steps:

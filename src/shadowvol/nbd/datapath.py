@@ -213,7 +213,7 @@ class DataPath:
         order = _ORDER[engine.preferred]  # does not change while a write is in flight
         for first, last, legs in ticket.runs:  # step 2
             if only_where_punched and not self._can_punch(legs):
-                ticket.adopt = None  # nothing was written: nothing can count as overwritten
+                pass
                 continue
             for leg in order[legs]:
                 try:
@@ -279,6 +279,7 @@ class DataPath:
                 self.flushing[leg] -= 1
             self.engine.finish_flush(ticket, failed)
             self._perform(self.engine.take_effects())
+            self.changed.notify_all()  # it may have settled other flushes
         return ticket
 
     # ------------------------------------------------------------------ waiting (with the lock)

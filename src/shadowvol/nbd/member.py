@@ -12,8 +12,8 @@ filled and nothing blocks. A leg is let go under it, when no I/O uses the leg, a
 """
 
 import json
+import logging
 import os
-import sys
 import threading
 import time
 import traceback
@@ -35,9 +35,12 @@ from shadowvol.nbd.openlegs import LegRecord, OpenLegs
 TICK_S = 0.05
 STATS_S = 0.5
 LEG_RETRY_S = 3.0  # a dead leg is tried again this often
+TRACE_FRAMES = 20
 LEG_POLL_S = 0.25  # a leg to be let go is looked at this often until its last I/O has ended
 DOWN_LIMIT_S = 10.0  # `down` is answered after this long even if the activity log could not be emptied
 _DOWN_SKIP_S = 2 * IDLE_S  # the clock jumps by this when nobody is connected any more: every zone is idle at once
+
+_logger = logging.getLogger("shadowvol.member")
 
 # What must be open before a state takes effect. (The source that is kept for an undo after commit is open already.)
 _LEGS_OF_PHASE = {Phase.SETUP: S_OK, Phase.COPYING: BOTH_OK, Phase.SYNCED: BOTH_OK, Phase.COMMITTED: T_OK}
@@ -126,7 +129,7 @@ class Member:
             self._clients -= 1
 
     def log(self, text: str) -> None:
-        print(f"shadowvol member {self.spec.volume}: {text}", file=sys.stderr, flush=True)
+        _logger.warning("%s: %s", self.spec.volume, text)
 
     def _for_ever(self, run: Callable[[], None]) -> None:
         """A thread of a member does not end by an exception."""
@@ -135,7 +138,7 @@ class Member:
                 run()
             except Exception:
                 if not self._stopping.is_set():
-                    self.log(traceback.format_exc(limit=-20))
+                    self.log(traceback.format_exc(limit=-TRACE_FRAMES))
                 self._stopping.wait(TICK_S)
 
     def _now_s(self) -> float:
@@ -297,7 +300,7 @@ class Member:
         try:
             reason = self._prepare_legs(job.legs)
         except Exception as error:
-            self.log(traceback.format_exc(limit=-20))
+            self.log(traceback.format_exc(limit=-TRACE_FRAMES))
             reason = f"prepare {job.verb}: {error!r}"
         with self.data.lock:
             self.engine.prepared(job.token, reason)

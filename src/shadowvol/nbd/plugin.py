@@ -6,6 +6,7 @@ Nothing that is raised here ends the process.
 """
 
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 import nbdkit
 
-from shadowvol.nbd.member import GoingDown, Member, MemberSpec
+from shadowvol.nbd.member import TRACE_FRAMES, GoingDown, Member, MemberSpec
 from shadowvol.nbd.serve import LISTEN_FD, lock_memory
 
 API_VERSION = 2
@@ -39,10 +40,8 @@ data: Any  # member.data, one look-up nearer
 
 def _fail(error: BaseException) -> NoReturn:
     number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-    if not isinstance(error, OSError | GoingDown):
-        del sys.tracebacklimit
-        traceback.print_exception(error)
-        sys.tracebacklimit = 0
+    if not isinstance(error, OSError):
+        member.log("".join(traceback.format_exception(error, limit=-TRACE_FRAMES)))
     nbdkit.set_error(number)
     raise OSError(number, getattr(error, "strerror", None) or str(error)) from None
 
@@ -78,6 +77,7 @@ def after_fork() -> None:
     global member, data
     assert _spec is not None
     lock_memory()
+    logging.basicConfig(format="%(name)s: %(message)s")  # to stderr, which is the agent's log
     member = Member(_spec, _listen_fd)
     data = member.data
     member.start()

@@ -79,7 +79,7 @@ def _take_lock(path: str) -> None:
 
 
 def _give_up(reason: str, code: int = 1) -> NoReturn:
-    print(f"shadowvol: {reason}", file=sys.stderr)
+    sys.stderr.write(f"shadowvol: {reason}\n")
     raise SystemExit(code)
 
 
