@@ -1,6 +1,8 @@
 """fio verifies its own writes while every region is copied through windows, and reads move to the target and back."""
 
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from shadowvol.core.geometry import BLOCK_BYTES, MIB, Run
@@ -9,17 +11,18 @@ from tests.support.leader_stub import LeaderStub
 from tests.support.nbd_member import leg_record, nbd_member, sparse_file
 
 SIZE = 32 * MIB
-WINDOW_REGIONS = 4
+WINDOW_REGIONS = 8
 FIO_S = 5
 HOLD_TRIES = 20
 
 
-def copy(source: Path, target: Path, extents: list[Run], unit: int) -> None:
+def copy(source: Path, target: Path, extents: list[Run], unit: int, meanwhile: Callable[[], object] = bool) -> None:
+    """All is read before anything is written, so that what is written is old where the load has been faster."""
     with source.open("rb", buffering=0) as reader, target.open("r+b", buffering=0) as writer:
-        for lo, hi in extents:
-            reader.seek(lo * unit)
-            writer.seek(lo * unit)
-            writer.write(reader.read((hi - lo) * unit))
+        pieces = [os.pread(reader.fileno(), (hi - lo) * unit, lo * unit) for lo, hi in extents]
+        meanwhile()
+        for (lo, _), piece in zip(extents, pieces, strict=True):
+            os.pwrite(writer.fileno(), piece, lo * unit)
 
 
 def copy_window(leader: LeaderStub, number: int, runs: list[Run], source: Path, target: Path) -> None:
@@ -30,7 +33,7 @@ def copy_window(leader: LeaderStub, number: int, runs: list[Run], source: Path, 
         return [(lo, hi) for lo, hi in answer["blocks"]]
 
     leader.request(f"w{number}", Open(number, runs, 0, 1))
-    copy(source, target, runs, MIB)
+    copy(source, target, runs, MIB, leader.latest_stats)
     for _ in range(HOLD_TRIES):
         copy(source, target, ask(Touched(number)), BLOCK_BYTES)
         blocks = ask(Close(number))

@@ -10,6 +10,7 @@ the first read of the next era tells which, and then it is a value like any othe
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 NEVER = float("inf")
 
@@ -108,7 +109,7 @@ class History:
 
     def _judge_zones(self, number: int, clusters: dict[int, list[float]]) -> None:
         forward = sorted((zone[0], zone[1], value) for value, zone in clusters.items() if zone[0] < zone[1])
-        for (_, high, value), (low, _, following) in zip(forward, forward[1:], strict=False):
+        for (_, high, value), (low, _, following) in pairwise(forward):
             if low < high:
                 self.problems.append(
                     f"block {number}: values {value} and {following} alternate: a read went back or a write was lost"

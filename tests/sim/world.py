@@ -561,7 +561,9 @@ class World:
     def _persist(self, leader: Leader, effect: DoPersist) -> None:
         if leader.alive:
             result = self.store.commit(effect.txn)
-            self.note(f"L{leader.engine.epoch} persists {[k.split('/', 2)[2] for k, _ in effect.txn.puts]} -{list(effect.txn.deletes)}: {result.ok}")
+            puts = [key.split("/", 2)[2] for key, _ in effect.txn.puts]
+            deletes = [key.split("/", 2)[2] for key in effect.txn.deletes]
+            self.note(f"L{leader.engine.epoch} persists {puts} -{deletes}: {result.ok}")
             self.at(0.0002, lambda: self._persisted(leader, effect.token, result.ok))
 
     def _persisted(self, leader: Leader, token: int, ok: bool) -> None:
@@ -586,7 +588,8 @@ class World:
         """Block by block, each read and written at instants of its own; a cancelled job stops between blocks."""
         leader.copier_jobs += 1
         step = effect.step
-        self.note(f"L{leader.engine.epoch} copies {step.extents} {step.from_leg}->{step.to_leg}{' urgent' if step.urgent else ''}")
+        legs = f"{step.from_leg}->{step.to_leg}"
+        self.note(f"L{leader.engine.epoch} copies {step.extents} {legs}{' urgent' if step.urgent else ''}")
         blocks = [block for start, end in step.extents for block in range(start, end)]
         from_disk, to_disk = self.disks[step.from_leg], self.disks[step.to_leg]
         speed = 0.3 if step.urgent else 1.0

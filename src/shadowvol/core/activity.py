@@ -5,7 +5,8 @@ Invariants (each is a † rule, proved by the simulator)
   before its removal is asked for; until that is replied to it cannot be asked for again.
 - `dirty[leg]` holds each zone written on that leg since that leg's last good flush began; a write counts at its
   admission and again at its completion, so one in flight during a flush stays dirty.
-- A zone leaves only when nothing is in flight there, both legs are clean there, and no failed flush is unsettled.
+- A zone leaves only when nothing is in flight there, both legs are clean there, and no fault of a write or flush is
+  unsettled: until its bits are cleared durably, the log is all that knows of the difference.
 
 Times are seconds on whatever clock the caller ticks with; the path of an I/O reads no clock.
 """
@@ -36,6 +37,7 @@ class Activity:
         self._clock = 0  # orders writes against flush captures
         self.now_s = 0.0
         self.unsettled_flush_failures = 0
+        self.unsettled_write_failures = 0
 
     # ---- path of a write ----
 
@@ -92,9 +94,7 @@ class Activity:
         self.all_dirty[leg] = False
         keep_inflight = "flush-counts-inflight" not in self._omit
         for zone, last in list(self.dirty[leg].items()):
-            if last < capture and not (keep_inflight and zone in self._inflight):
-                del self.dirty[leg][zone]
-            elif not keep_inflight:
+            if (last < capture and not (keep_inflight and zone in self._inflight)) or not keep_inflight:
                 del self.dirty[leg][zone]
 
     def dirty_zones(self, leg: int, zone_count: int) -> list[Run]:
@@ -123,6 +123,8 @@ class Activity:
 
     def take_cleanable(self, now_s: float) -> list[int]:
         """Zones to remove from the log, already gone from `logged`; the caller asks for their durable removal."""
+        if self.unsettled_write_failures and "unlog-not-unsettled" not in self._omit:
+            return []
         if self.unsettled_flush_failures or any(self.all_dirty) or self.leaving:
             return []
         clean = [

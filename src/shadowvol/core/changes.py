@@ -71,6 +71,9 @@ def sync(leader: "LeaderEngine") -> Steps:
             deletes=gone_keys + logs + windows + transition,
         )
 
+    if "join-state-after-register" in leader.omit and leader.joining:
+        yield AskAll(full_state(leader), "x", hosts=sorted(leader.joining))
+        yield AskAll(Thaw(), "x", hosts=sorted(leader.joining))
     if "recovery-same-txn" in leader.omit and leader.gone:
         logs = tuple(leader.keys.activity(host) for host in leader.gone)
         yield Persist(lambda: leader.txn(deletes=logs))

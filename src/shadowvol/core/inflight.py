@@ -4,8 +4,9 @@ Invariants
 - Writes (trims and zeroes included) that overlap, rounded out to `align_bytes`, are never in flight together;
   so both legs see them in the same order. Reads do not wait for anything here.
 - A drain waits for a snapshot of tickets. It does not keep newer ones out: a hold does that.
-- A write whose I/O has ended but whose fault is not settled keeps its range, but no drain waits for it: its bytes
-  have stopped moving, and who drains learns of the open fault by other means (Freeze's answer).
+- A request whose I/O has ended but whose fault is not settled keeps its range, but no drain waits for it: its bytes
+  have stopped moving, and who drains learns of the open fault by other means (Freeze's answer). A drain that did wait
+  could be the one that the settling of the fault waits for.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,9 @@ WRITE = 1
 class Ticket:
     """One admitted request. Runs are (start, end, legs) in bytes; legs as map bits (a read has exactly one)."""
 
-    __slots__ = ("adopt", "end", "error", "failed", "fua", "kind", "number", "retry", "runs", "settled", "start", "tries")
+    __slots__ = (
+        "adopt", "end", "error", "failed", "fua", "kind", "number", "retry", "runs", "settled", "start", "tries",
+    )  # fmt: skip
 
     def __init__(self, number: int, kind: int, start: int, end: int, runs: list[tuple[int, int, int]]) -> None:
         self.number = number

@@ -112,6 +112,7 @@ class LeaderEngine:
         self.cursor = 0
         self.backoff = windows.Backoff()
         self.copier_up = False
+        self.copier_session = 0
         self.copier_jobs: dict[int, Task] = {}
         # faults and commands
         self.faults: list[tuple[str, Ask]] = []
@@ -207,6 +208,7 @@ class LeaderEngine:
         """The copier is ready; or it is proven to have stopped, and none of its writes can land any more."""
         self.now_s = now_s
         self.copier_up = up
+        self.copier_session += up
         if not up:
             for job, task in list(self.copier_jobs.items()):
                 step = task.waiting
@@ -315,6 +317,9 @@ class LeaderEngine:
             self._throw(task, WindowVoid(reason))
         elif isinstance(task.waiting, Copy) and task.job is not None:
             self.emit(DoCancel(task.job))
+            if "void-waits-for-copier" in self.omit:
+                del self.copier_jobs[task.job]
+                self._throw(task, WindowVoid(reason))
 
     def change_state(self, **changed: Any) -> VolumeState:
         return replace(self.state, **changed)

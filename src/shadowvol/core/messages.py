@@ -37,7 +37,7 @@ class Freeze:
 class SetState:
     """Change the member's picture at once; None: unchanged.
 
-    `bits`: the whole map (then windows and fresh marks are dropped). `changes`: (leg, ok, runs). `close`: window ids."""
+    `bits`: the whole map (then windows and fresh marks are dropped). `changes`: (leg, ok, runs). `close`: windows."""
 
     phase: str | None = None
     preferred: int | None = None

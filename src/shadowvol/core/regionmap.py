@@ -1,4 +1,4 @@
-"""The map: per region one byte with `source_ok` (1) and `target_ok` (2). The same class at the leader and at each member.
+"""The map: per region one byte with `source_ok` (1) and `target_ok` (2). The same class at leader and members.
 
 Invariant: the byte of a region is never 0 (at least one leg holds everything acknowledged).
 One byte per region, so that searches and changes of long runs are single C-speed operations of bytearray.
@@ -13,7 +13,9 @@ CHUNK_REGIONS = 65536  # regions per record in the coordinator: 64 KiB before co
 
 
 _SET = tuple(bytes(value | leg_bit for value in range(256)) for leg_bit in (1, 2))
-_CLEAR = tuple(bytes((value & ~leg_bit) if value & ~leg_bit & BOTH_OK else value for value in range(256)) for leg_bit in (1, 2))
+_CLEAR = tuple(
+    bytes((value & ~leg_bit) if value & ~leg_bit & BOTH_OK else value for value in range(256)) for leg_bit in (1, 2)
+)
 _CLEAR_EVEN_LAST = tuple(bytes(value & ~leg_bit for value in range(256)) for leg_bit in (1, 2))
 
 

@@ -62,7 +62,8 @@ def refusal(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> str |
         return None
     if verb == "undo":
         if phase in (Phase.COPYING, Phase.SYNCED):
-            return None if state.preferred == TARGET else f"volume {name} already reads from the source; nothing to undo"
+            already = f"volume {name} already reads from the source; nothing to undo"
+            return None if state.preferred == TARGET else already
         if phase is Phase.COMMITTED:
             return None if state.keep_undo else f"volume {name} was committed without --keep-undo; it cannot be undone"
         return f"undo needs a cutover before it; volume {name} is in {phase}"
@@ -72,14 +73,15 @@ def refusal(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> str |
         if phase not in (Phase.COPYING, Phase.SYNCED):
             return f"commit needs phase synced; volume {name} is in {phase}"
         if state.preferred != TARGET:
-            return f"commit needs preferred target, volume {name} reads from the {preferred}: shadowvol cutover {name} first"
+            return f"commit needs preferred target, {name} reads from the {preferred}: shadowvol cutover {name} first"
         if not all_target:
             return f"commit needs the target complete; volume {name} still copies to it"
         if not all_source and not options.get("force"):
             return f"the source of volume {name} is not complete (a leg fault?); wait for its resync, or commit --force"
         return None
     if verb == "abort":
-        return None if phase in (Phase.COPYING, Phase.SYNCED) else f"abort needs a started migration; {name} is in {phase}"
+        started = phase in (Phase.COPYING, Phase.SYNCED)
+        return None if started else f"abort needs a started migration; {name} is in {phase}"
     return f"{verb} is not a transition"
 
 

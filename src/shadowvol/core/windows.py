@@ -5,12 +5,12 @@
 be kept) without consequence: its regions are just not ok, and are picked again after a back-off.
 
 Difference to the design's step 5/6, and why (docs/decisions/0003): the touched blocks that remain at CLOSE are
-held and copied in parts of at most Limits.part_bytes, one after the other. A block that was copied under a hold is clean
-for good (later writes are mirrored, nothing old can follow), so the parts need not be held together, and the
+held and copied in parts of at most Limits.part_bytes, one after the other. A block that was copied under a hold is
+clean for good (later writes are mirrored, nothing old can follow), so the parts need not be held together, and the
 longest hold of one write has a bound that does not depend on how fast the application writes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shadowvol.core import changes
@@ -62,7 +62,7 @@ class Window:
     void_thrown: bool = False  # its protocol knows, or is ending anyway
     task: "Task | None" = None
     recorded: bool = False
-    copied: list[Run] = field(default_factory=list)
+    copier_session: int | None = None  # which start of the copier has copied into it
 
     def touches(self, runs: list[Run]) -> bool:
         return any(overlaps(runs, lo, hi) for lo, hi in self.runs)
@@ -124,7 +124,7 @@ def _taken(leader: "LeaderEngine") -> list[Run]:
 
 
 def _next_span(leader: "LeaderEngine") -> tuple[int, int, int] | None:
-    """(lo, hi, map byte) of the next stretch to look at, from the cursor on, wrapping once; it meets no taken region."""
+    """(lo, hi, map byte) of the next stretch to look at, from the cursor on, wrapping once; nothing taken is in it."""
     taken = _taken(leader)
     values = _wanted_values(leader)
     for start in (leader.cursor, 0):
@@ -138,12 +138,15 @@ def _next_span(leader: "LeaderEngine") -> tuple[int, int, int] | None:
     return None
 
 
+def _may_open(leader: "LeaderEngine") -> bool:
+    room = len(leader.windows) < leader.limits.windows_open
+    return room and may_copy(leader) and _next_span(leader) is not None
+
+
 def picker(leader: "LeaderEngine") -> Steps:
     """For ever: open the next window when one may be opened."""
     while True:
-        yield WaitFor(
-            lambda: may_copy(leader) and len(leader.windows) < leader.limits.windows_open and _next_span(leader) is not None
-        )
+        yield WaitFor(lambda: _may_open(leader))
         span = _next_span(leader)
         assert span is not None
         lo, hi, value = span
@@ -193,14 +196,14 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
     # 2. OPEN: from the last answer on every write there goes to both legs, and older ones are finished.
     window.step = "open"
     opening = Open(window.id, window.runs, window.from_leg, window.to_leg)
-    answers = yield AskAll(opening, window.subject)
-    _refused(answers)
+    everyone = "open-all-members" not in leader.omit
+    answers = yield AskAll(opening, window.subject, timeout_s=None if everyone else 0.0)
+    if everyone:
+        _refused(answers)
 
     # 3. COPY everything, but what was overwritten whole on both legs already.
     window.step = "copy"
     todo = _without_fresh(leader, window, answers)
-    if "open-all-members" in leader.omit:
-        todo = window.runs
     yield from _copy(leader, window, [leader.geometry.region_extent(*run) for run in todo], recopy=False)
 
     # 4. TOUCHED, a few rounds while the answer is large; then a flush, so that the later one is short.
@@ -233,7 +236,10 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
         if any(answer["failed"] for answer in answers.values()):
             raise WindowFailed("a member's flush failed")
     window.step = "done"
-    finished = yield Exclusive(done(leader, window))
+    if "done-before-clear" in leader.omit:
+        finished = yield from done(leader, window, window.subject)
+    else:
+        finished = yield Exclusive(done(leader, window))
     if not finished:
         raise WindowFailed(window.void_reason or "its record is gone")
 
@@ -258,7 +264,7 @@ def _copy_held(leader: "LeaderEngine", window: Window, remaining: list[Run]) -> 
             parts = _parts(part, part_blocks) + parts
 
 
-def done(leader: "LeaderEngine", window: Window) -> Steps:
+def done(leader: "LeaderEngine", window: Window, subject: str = "x") -> Steps:
     """Steps 7 (persist) and 8 (DONE), in the exclusive queue. Outcome: the bits are set."""
     check = "window-record-compare" not in leader.omit
     changed = leader.map.copy()
@@ -281,18 +287,18 @@ def done(leader: "LeaderEngine", window: Window) -> Steps:
     window.recorded = False
     reads_move = window.to_leg == leader.state.preferred
     if reads_move:
-        answers = yield AskAll(Freeze(window.runs, reads=False, writes=True), "x")
+        answers = yield AskAll(Freeze(window.runs, reads=False, writes=True), subject)
         faults = [(leg, [(lo, hi) for lo, hi in runs]) for a in answers.values() for leg, runs in a["faults"]]
         if faults:
             # A failed write that is not settled yet: no member may read its leg there once another reads the other.
-            yield AskAll(Freeze(window.runs, reads=True, writes=True), "x")
+            yield AskAll(Freeze(window.runs, reads=True, writes=True), subject)
             yield from changes.persist_clear(leader, faults)
     # What the map says now, for all of the window's regions, in one change.
     said = tuple((leg, True, runs) for leg in (SOURCE, TARGET) if (runs := _ok_runs(leader, window, leg)))
     unsaid = tuple((leg, False, runs) for leg in (SOURCE, TARGET) if (runs := _only_runs(leader, window, other(leg))))
-    yield AskAll(SetState(changes=said + unsaid, close=(window.id,)), "x")
+    yield AskAll(SetState(changes=said + unsaid, close=(window.id,)), subject)
     if reads_move:
-        yield AskAll(Thaw(), "x")
+        yield AskAll(Thaw(), subject)
     return True
 
 
@@ -336,6 +342,8 @@ def _copy(
 ) -> Steps:
     if not extents:
         return
+    if window.copier_session is None:
+        window.copier_session = leader.copier_session
     result = yield Copy(extents, window.from_leg, window.to_leg, urgent)
     if not result.ok:
         raise WindowFailed(result.error, result.leg)
@@ -346,6 +354,8 @@ def _copy(
 def _flush_copier(leader: "LeaderEngine", window: Window, legs: tuple[int, ...]) -> Steps:
     if "flush-copier" in leader.omit:
         return
+    if window.copier_session not in (None, leader.copier_session) and "flush-copier-session" not in leader.omit:
+        raise WindowFailed("the copier was restarted: the flush of another one proves nothing")
     failed = yield CopierFlush(legs)
     if failed:
         leg, error = next(iter(failed.items()))

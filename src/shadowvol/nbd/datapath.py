@@ -213,7 +213,7 @@ class DataPath:
         order = _ORDER[engine.preferred]  # does not change while a write is in flight
         for first, last, legs in ticket.runs:  # step 2
             if only_where_punched and not self._can_punch(legs):
-                pass
+                ticket.adopt = None  # nothing was written: nothing can count as overwritten
                 continue
             for leg in order[legs]:
                 try:

@@ -69,7 +69,7 @@ class Tally:
         self.skipped += other.skipped
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class CopyJob:
     """A running order. All fields but `planner` are guarded by the pool's lock; `planner` by `plan_lock`."""
 

@@ -1,0 +1,217 @@
+"""The agent's hold on a volume's member process: its listening socket, its life and death, its link.
+
+Ordering: a member holds NAME.lock for its life, so the agent waits for that lock, not for a pid: it also notices the
+end of a member that an earlier agent started. `gone` is called only with the lock in hand, and before a successor
+is started. The listening socket is the agent's; a new agent gets it back from the living member's hello.
+"""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from shadowvol.agent import locks
+from shadowvol.core.messages import Answer, Ask, Reply, Request, from_wire, to_wire
+from shadowvol.link.framing import Frame, FramingError, TrioLink, close_all
+from shadowvol.nbd.serve import member_argv
+
+BACKLOG = 128
+RESTART_S = 0.05  # between two starts of a member
+RESTART_LAST_S = 3.0  # it doubles up to this while members die before they say hello
+START_LIMIT_S = 10.0  # for a started member to take its lock
+START_POLL_S = 0.005
+OUTBOX_MAX = 10_000  # frames for a member that does not read; then its link is dropped and it reconnects
+
+_logger = logging.getLogger("shadowvol.agent")
+
+
+class DataPlane:
+    """One volume's member on this host. Call run() in a task; `send` does not block."""
+
+    def __init__(
+        self,
+        volume: str,
+        socket_path: Path,
+        lock_path: Path,
+        spec: Callable[[int], dict[str, Any]],
+        *,
+        up: Callable[[int], None],
+        gone: Callable[[], None],
+        message: Callable[[Answer | Ask], None],
+        statistics: Callable[[dict[str, Any]], None],
+        newest_incarnation: int,
+    ) -> None:
+        self.pid: int | None = None
+        self.incarnation: int | None = None  # of the member whose link is up
+        self.proven_dead = False  # no member lives: its lock was in our hands, and none was started since
+        self.statistics: dict[str, Any] = {}
+        self.down_ready = trio.Event()
+        self.down_clean = False
+        self._volume = volume
+        self._socket_path = socket_path
+        self._lock_path = lock_path
+        self._spec = spec
+        self._up = up
+        self._gone = gone
+        self._message = message
+        self._counts = statistics
+        self._newest = newest_incarnation
+        self._listener: int | None = None  # descriptor
+        self._outbox: trio.MemorySendChannel[tuple[dict[str, Any], bytes]] | None = None
+        self._said_hello = False
+        self._stopping = False
+        self._stopped = trio.Event()
+        self._child: trio.Process | None = None
+
+    # ------------------------------------------------------------ life
+
+    async def run(self) -> None:
+        """Until stop(): there is always a member, and each death is told before the next one is started."""
+        delay_s = RESTART_S
+        while not self._stopping:
+            if locks.is_free(self._lock_path):
+                self._told_gone()
+                if self._listener is None:
+                    self._listener = self._listen()
+                await self._start()
+            await self._wait_for_death()
+            delay_s = RESTART_S if self._said_hello else min(delay_s * 2, RESTART_LAST_S)
+            self._said_hello = False
+            self._told_gone()
+            if not self._stopping:
+                _logger.warning("%s: the member is gone; starting it again", self._volume)
+                await trio.sleep(delay_s)
+        self._stopped.set()
+
+    async def stop(self) -> None:
+        """End the member for good; returns when it is proven dead and its socket is gone."""
+        self._stopping = True
+        self.kill()
+        await self._stopped.wait()
+        if self._listener is not None:
+            os.close(self._listener)
+            self._listener = None
+        self._socket_path.unlink(missing_ok=True)
+
+    def kill(self) -> None:
+        """SIGKILL: on SIGTERM nbdkit would answer its clients with an error."""
+        if self.pid is not None:
+            try:
+                os.kill(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def _told_gone(self) -> None:
+        self.incarnation = None
+        self.pid = None
+        self.statistics = {}
+        self.proven_dead = True
+        self._gone()
+
+    async def _wait_for_death(self) -> None:
+        """Returns with the lock having been ours: no write of that member can still land."""
+        await locks.wait_until_free(self._lock_path)
+        if self._child is not None:
+            self._child.kill()  # if it never got as far as the lock
+            await self._child.wait()
+            self._child = None
+
+    def _listen(self) -> int:
+        """A new listening socket; only when no member lives, so that nobody listens at the old one."""
+        self._socket_path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        old_mask = os.umask(0o177)
+        try:
+            listener.bind(str(self._socket_path))
+        finally:
+            os.umask(old_mask)
+        listener.listen(BACKLOG)
+        return listener.detach()
+
+    async def _start(self) -> None:
+        """Returns when the child has the lock (or has ended): waiting for its death means something from then on."""
+        assert self._listener is not None
+        self._newest = max(self._newest + 1, time.time_ns() // 1_000_000)
+        argv = member_argv(listen_fd=self._listener, lock_path=str(self._lock_path), spec=self._spec(self._newest))
+        self._child = await trio.lowlevel.open_process(
+            argv, stdin=subprocess.DEVNULL, pass_fds=(self._listener,), start_new_session=True, cwd="/"
+        )
+        self.pid = self._child.pid
+        self.proven_dead = False
+        with trio.move_on_after(START_LIMIT_S):
+            while locks.is_free(self._lock_path) and self._child.returncode is None:
+                await trio.sleep(START_POLL_S)
+
+    # ------------------------------------------------------------ link
+
+    async def serve_link(self, link: TrioLink, hello: dict[str, Any], fds: list[int]) -> None:
+        """A member said hello on this link; serve it until it ends."""
+        if fds:
+            if self._listener is None:
+                self._listener = fds.pop(0)
+            close_all(fds)
+        self.pid = hello["pid"]
+        self._said_hello = True
+        incarnation = hello["incarnation"]
+        self._newest = max(self._newest, incarnation)
+        send, receive = trio.open_memory_channel[tuple[dict[str, Any], bytes]](OUTBOX_MAX)
+        self._outbox = send
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send_frames, link, receive)
+            self.incarnation = incarnation
+            self._up(incarnation)
+            try:
+                async for frame, more in link:
+                    close_all(more)
+                    self._take(frame)
+            except (OSError, EOFError, FramingError, trio.ClosedResourceError) as error:
+                _logger.warning("%s: link to the member: %s", self._volume, error)
+            nursery.cancel_scope.cancel()
+        if self._outbox is send:
+            self._outbox = None
+        link.close()
+
+    def send(self, message: Request | Reply) -> None:
+        """Queue for the member; dropped while there is no link (the leader repeats requests, the member its asks)."""
+        self._put(*to_wire(message))
+
+    def ask_down(self) -> None:
+        self.down_ready = trio.Event()
+        self._put({"type": "Down"}, b"")
+
+    def _put(self, message: dict[str, Any], blob: bytes) -> None:
+        if self._outbox is not None:
+            try:
+                self._outbox.send_nowait((message, blob))
+            except trio.WouldBlock:
+                self._outbox = None
+                _logger.warning("%s: the member does not read its link", self._volume)
+
+    async def _send_frames(
+        self, link: TrioLink, receive: trio.MemoryReceiveChannel[tuple[dict[str, Any], bytes]]
+    ) -> None:
+        try:
+            async for message, blob in receive:
+                await link.send(message, blob)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the receiving side notices
+
+    def _take(self, frame: Frame) -> None:
+        kind = frame.message.get("type")
+        if kind == "Stats":
+            self.statistics = frame.message
+            self._counts(frame.message)
+        elif kind == "DownReady":
+            self.down_clean = bool(frame.message.get("clean"))
+            self.down_ready.set()
+        else:
+            message = from_wire(frame.message, frame.blob)
+            if isinstance(message, Answer | Ask):
+                self._message(message)

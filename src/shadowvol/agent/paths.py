@@ -1,0 +1,161 @@
+"""Where everything of one host lives, and which settings hold: flags, environment, file, defaults, in this order.
+
+Invariants
+- All paths are absolute: the agent that `up` starts has another current directory than who started it.
+- The run directory is open to its owner only; who can reach its sockets may do everything with every volume.
+- A path too long for a unix socket is found out before anything is started or recorded, not when it is bound.
+"""
+
+import os
+import re
+import socket
+import tomllib
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIG_FILE = Path("/etc/shadowvol/shadowvol.toml")
+SYSTEM_HOME = Path("/var/lib/shadowvol")
+SOCKET_PATH_BYTES_MAX = 107  # sun_path has 108 bytes and ends with a NUL
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")  # a part of keys, so without "/"
+_KEYS = ("home", "state", "host")
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message is for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The directory of one agent. Two homes know nothing of each other."""
+
+    directory: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", Path(os.path.abspath(self.directory)))
+
+    @property
+    def state_file(self) -> Path:
+        return self.directory / "state.sqlite"
+
+    @property
+    def state_url(self) -> str:
+        """The default record of truth."""
+        return f"sqlite:{self.state_file}"
+
+    @property
+    def run(self) -> Path:
+        return self.directory / "run"
+
+    @property
+    def agent_socket(self) -> Path:
+        """The control socket: the command line talks to the agent here. No volume is called agent.sock: see check()."""
+        return self.run / "agent.sock"
+
+    @property
+    def link_socket(self) -> Path:
+        """Members and the transfer utility talk to the agent here."""
+        return self.run / "link.sock"
+
+    @property
+    def agent_lock(self) -> Path:
+        return self.run / "agent.lock"
+
+    @property
+    def agent_log(self) -> Path:
+        return self.directory / "agent.log"
+
+    def volume_socket(self, name: str) -> Path:
+        """Where NBD clients of a volume connect."""
+        return self.run / f"{name}.sock"
+
+    def member_lock(self, name: str) -> Path:
+        return self.run / f"{name}.lock"
+
+    def transfer_lock(self, name: str) -> Path:
+        return self.run / f"{name}.transfer.lock"
+
+    def nbd_uri(self, name: str) -> str:
+        """The URI that an NBD client on this host opens a volume with."""
+        return f"nbd+unix:///{urllib.parse.quote(name)}?socket={urllib.parse.quote(str(self.volume_socket(name)))}"
+
+    def prepare(self) -> None:
+        """Make what is missing, for the owner only. Raises SettingsError."""
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.run.mkdir(mode=0o700, exist_ok=True)
+            if self.run.stat().st_mode & 0o077:
+                self.run.chmod(0o700)
+        except OSError as error:
+            raise SettingsError(f"the home directory {self.directory} cannot be used: {error.strerror}") from None
+
+    def check(self, name: str | None = None) -> None:
+        """Refuse a home whose sockets (one volume's, or the agent's) cannot be bound, and a name that would hide
+        another file of the run directory. Raises SettingsError."""
+        if name in ("agent", "link") or (name is not None and name.endswith(".transfer")):
+            raise SettingsError(f"the name {name} is taken by shadowvol itself")
+        path = self.agent_socket if name is None else self.volume_socket(name)
+        length = len(os.fsencode(path))
+        if length > SOCKET_PATH_BYTES_MAX:
+            raise SettingsError(
+                f"the socket path {path} has {length} bytes, the kernel allows {SOCKET_PATH_BYTES_MAX}; "
+                "choose a shorter --home"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a command or an agent works with."""
+
+    home: Home
+    state_url: str
+    host: str
+
+
+def default_home(environment: Mapping[str, str]) -> Path:
+    if os.geteuid() == 0:
+        return SYSTEM_HOME
+    state = environment.get("XDG_STATE_HOME", "")
+    base = Path(state) if os.path.isabs(state) else Path(os.path.expanduser("~/.local/state"))
+    return base / "shadowvol"
+
+
+def resolve(
+    home: str | None = None,
+    state: str | None = None,
+    host: str | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    config_file: Path = CONFIG_FILE,
+) -> Settings:
+    """The settings in force; arguments are the flags. Raises SettingsError."""
+    found = dict(os.environ) if environment is None else dict(environment)
+    file = _read_config(config_file)
+    flags = {"home": home, "state": state, "host": host}
+    chosen = {key: flags[key] or found.get(f"SHADOWVOL_{key.upper()}") or file.get(key) for key in _KEYS}
+    place = Home(Path(chosen["home"] or default_home(found)))
+    host_name = chosen["host"] or socket.gethostname()
+    if not _HOST.fullmatch(host_name):
+        raise SettingsError(f"{host_name!r} is not a host name: letters, digits, dots, dashes, underscores")
+    return Settings(place, _absolute_state(chosen["state"] or place.state_url), host_name)
+
+
+def _absolute_state(url: str) -> str:
+    scheme, colon, path = url.partition(":")
+    if scheme == "sqlite" and colon and path and not path.endswith("/"):
+        return f"sqlite:{os.path.abspath(path)}"
+    return url
+
+
+def _read_config(path: Path) -> dict[str, str]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+    for key, value in content.items():
+        if key not in _KEYS or not isinstance(value, str):
+            raise SettingsError(f"{path}: {key!r} is not a setting; there are {', '.join(_KEYS)}, each a string")
+    return content

@@ -1,0 +1,116 @@
+"""What the CLI asks of the agent: each verb's way to the engine, and back to an exit code, a text and data.
+
+The engine decides whether a verb is allowed; here is only what is about this host: is the volume up, does it come up.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from shadowvol.agent.snapshot import live_status, record_of
+from shadowvol.agent.status import status_of
+from shadowvol.agent.volume import Volume
+from shadowvol.agent.volumes import VerbError, retarget_volume
+from shadowvol.core.records import Keys, RecordError, VolumeRecord, decode_volume, volume_names
+
+if TYPE_CHECKING:
+    from shadowvol.agent.daemon import Agent
+
+UP_LIMIT_S = 20.0
+Outcome = tuple[int, str, Any]
+
+TRANSITIONS = ("start", "cutover", "undo", "commit", "abort", "pause", "resume", "throttle")
+
+
+async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str, Any]) -> Outcome:
+    """(exit code, text, data). Raises CoordinatorUnreachable, RecordDamaged, RecordError."""
+    if verb == "ping":
+        return 0, "", {"host": agent.host}
+    if verb == "status":
+        return await _status(agent, name)
+    if name is None:
+        return 2, f"{verb} needs a volume", None
+    try:
+        if verb == "up":
+            return await _up(agent, name)
+        if verb == "down":
+            return await _down(agent, name, bool(options.get("force")))
+        if verb == "retarget":
+            return await _retarget(agent, name, options)
+        if verb in TRANSITIONS:
+            code, text = await _up_here(agent, name).command(verb, options)
+            return code, text, None
+    except VerbError as error:
+        return error.code, error.text, None
+    return 2, f"the agent knows no verb {verb}", None
+
+
+async def _record(agent: "Agent", name: str) -> VolumeRecord:
+    snapshot = await agent.coordinator.read(Keys(name).prefix)
+    if Keys(name).config not in snapshot.entries:
+        raise VerbError(4, f"no volume {name}")
+    return decode_volume(name, snapshot.entries)
+
+
+def _up_here(agent: "Agent", name: str) -> Volume:
+    volume = agent.volumes.get(name)
+    if volume is None:
+        raise VerbError(3, f"volume {name} is down; bring it up first: shadowvol up {name}")
+    return volume
+
+
+async def _up(agent: "Agent", name: str) -> Outcome:
+    record = await _record(agent, name)
+    agent.home.check(name)
+    volume = agent.bring_up(record.config)
+    if not await volume.wait_serving(UP_LIMIT_S):
+        why = volume.error or "its member did not start"
+        return 1, f"volume {name} does not serve yet: {why}; see the agent's log {agent.home.agent_log}", None
+    engine = volume.engine
+    if engine is not None and not engine.state.up:
+        code, text = await volume.command("wishes", {"up": True})
+        if code != 0:
+            return code, text, None
+    return 0, "", {"nbd_uri": agent.home.nbd_uri(name)}
+
+
+async def _down(agent: "Agent", name: str, force: bool) -> Outcome:
+    await _record(agent, name)
+    volume = agent.volumes.get(name)
+    if volume is None:
+        return 0, "", None
+    code, text = await volume.take_down(force)
+    return code, text, None
+
+
+async def _retarget(agent: "Agent", name: str, options: dict[str, Any]) -> Outcome:
+    config = await retarget_volume(
+        agent.coordinator,
+        name,
+        options["target"],
+        force=bool(options.get("force")),
+        provision=bool(options.get("provision")),
+    )
+    volume = agent.volumes.get(name)
+    if volume is not None:
+        volume.use_config(config)
+    return 0, "", None
+
+
+async def _status(agent: "Agent", name: str | None) -> Outcome:
+    snapshot = await agent.coordinator.read("volumes/")
+    names = [name] if name is not None else volume_names(snapshot.entries)
+    found: list[dict[str, Any]] = []
+    for each in names:
+        volume = agent.volumes.get(each)
+        if volume is not None and volume.engine is not None:
+            found.append(status_of(record_of(volume.engine), live_status(agent.home, volume)))
+            continue
+        keys = Keys(each)
+        entries = {key: entry for key, entry in snapshot.entries.items() if key.startswith(keys.prefix)}
+        if keys.config not in entries:
+            return 4, f"no volume {each}", None
+        try:
+            found.append(status_of(decode_volume(each, entries), None))
+        except RecordError:
+            if name is not None:
+                raise
+    return 0, "", found[0] if name is not None else found

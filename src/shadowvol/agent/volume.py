@@ -1,0 +1,442 @@
+"""One volume that is up on this host: the leader engine with everything that performs its effects.
+
+All of it runs in the agent's one trio thread, so the engine needs no lock: whoever calls it calls _pump() afterwards.
+Nothing here decides about the state of a migration; what it looks like it decides (restart, retry) is about processes.
+
+A leadership ends when its engine says Deposed (another leader, or a transaction with unknown outcome): the copier is
+ended and awaited, the record read again, and a new engine starts from it. Members stay up meanwhile.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import trio
+
+from shadowvol.agent.copier import Copier
+from shadowvol.agent.dataplane import DataPlane
+from shadowvol.agent.paths import Home
+from shadowvol.agent.progress import Progress
+from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable
+from shadowvol.core.leader import LeaderEngine
+from shadowvol.core.legs import LEG_NAMES, Phase
+from shadowvol.core.messages import Answer, Ask, LogZones, Reply, UnlogZones
+from shadowvol.core.records import ActivityLog, Keys, VolumeConfig, VolumeRecord, decode_volume, leadership_txn
+from shadowvol.core.steps import (
+    CommandDone,
+    CopierFlush,
+    Deposed,
+    DoCancel,
+    DoCopierFlush,
+    DoCopy,
+    DoPersist,
+    DoProbe,
+    Effect,
+    SendTo,
+)
+
+TICK_S = 0.05
+LEAD_RETRY_S = 1.0  # between attempts to take the leadership while the coordinator cannot be reached
+DOWN_LIMIT_S = 15.0  # for a member to drain, flush and empty its log
+LOG_RETRY_S = 0.5
+
+_logger = logging.getLogger("shadowvol.agent")
+
+
+class Volume:
+    """Call run() in a task. `engine` is None while no leadership is held."""
+
+    def __init__(self, home: Home, coordinator: Coordinator, config: VolumeConfig, host: str) -> None:
+        self.name = config.name
+        self.config = config
+        self.host = host
+        self.engine: LeaderEngine | None = None
+        self.error: str | None = None  # why no leadership is held
+        self.progress = Progress()
+        self.changed = trio.Condition()
+        self.longest = {"hold_longest_s": 0.0, "write_longest_s": 0.0, "read_longest_s": 0.0}  # since it is up here
+        self._wall_offset_s = time.time() - trio.current_time()
+        self._home = home
+        self._coordinator = coordinator
+        self._commands: dict[int, Callable[[int, str], None]] = {}
+        self._command_number = 0
+        self._log: ActivityLog = ActivityLog(config.name, host, set())
+        self._log_incarnation = 0
+        self._log_asks: deque[Ask] = deque()
+        self._log_wanted = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._copier_scope: trio.CancelScope | None = None
+        self._copier_ended = trio.Event()
+        self._copier_ended.set()
+        self.copier = self._new_copier()
+        self.plane: DataPlane | None = None
+        self._scope = trio.CancelScope()
+        self.ended = trio.Event()
+
+    # ------------------------------------------------------------ life
+
+    async def run(self) -> None:
+        """Until take_down() or cancellation. Cancelled (the agent ends), the member is left running."""
+        try:
+            with self._scope:
+                record = await self._read()
+                self._log = ActivityLog(self.name, self.host, record.activity.get(self.host, set()))
+                self._log_incarnation = record.members.get(self.host, 0)
+                self.plane = DataPlane(
+                    self.name,
+                    self._home.volume_socket(self.name),
+                    self._home.member_lock(self.name),
+                    self._member_spec,
+                    up=self._member_up,
+                    gone=self._member_gone,
+                    message=self._member_said,
+                    statistics=self._member_counts,
+                    newest_incarnation=record.members.get(self.host, 0),
+                )
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    nursery.start_soon(self._serve_log)
+                    nursery.start_soon(self.plane.run)
+                    nursery.start_soon(self._tick)
+                    nursery.start_soon(self._mind_copier)
+                    await self._lead_for_ever()
+        finally:
+            self.engine = None
+            self.ended.set()
+
+    async def _lead_for_ever(self) -> None:
+        """A new leadership whenever the last one has ended."""
+        while True:
+            try:
+                record = await self._read()
+                taken = await self._coordinator.commit(leadership_txn(self.name, record, self.host))
+                if not taken.ok:
+                    continue
+                record = await self._read()
+            except CoordinatorUnreachable as error:
+                self.error = f"the record of truth cannot be reached: {error}"
+                _logger.error("%s: %s; trying again", self.name, self.error)
+                await trio.sleep(LEAD_RETRY_S)
+                continue
+            self.error = None
+            self.config = record.config
+            self._deposed = trio.Event()
+            engine = LeaderEngine(record, self.host)
+            self.engine = engine
+            self.progress.reset()
+            _logger.info("%s: leading, epoch %d, phase %s", self.name, engine.epoch, engine.phase)
+            assert self.plane is not None
+            if self.plane.incarnation is not None:
+                if engine.unresolved.get(self.host, self.plane.incarnation) != self.plane.incarnation:
+                    engine.on_member_gone(self.host, self._log.runs(), trio.current_time())
+                engine.on_member_up(self.host, self.plane.incarnation, trio.current_time())
+            elif self.host in engine.unresolved and self.plane.proven_dead:
+                engine.on_member_gone(self.host, self._log.runs(), trio.current_time())
+            self._pump()
+            await self._deposed.wait()
+            self.engine = None
+            self._answer_all(1, "the leadership was lost meanwhile; look at the status and try again")
+            self._stop_copier()
+            await self._copier_ended.wait()
+
+    async def _read(self) -> VolumeRecord:
+        snapshot = await self._coordinator.read(Keys(self.name).prefix)
+        return decode_volume(self.name, snapshot.entries)
+
+    async def take_down(self, force: bool) -> tuple[int, str]:
+        """Drain, flush, end the member. (exit code, text). Refused with clients connected unless `force`."""
+        assert self.plane is not None
+        clients = self.plane.statistics.get("clients", 0)
+        if clients and not force:
+            return 3, f"volume {self.name} has {clients} client connection(s); disconnect them, or use --force"
+        code, text = await self.command("wishes", {"up": False})
+        if code != 0:
+            return code, text
+        if self.plane.incarnation is not None:
+            self.plane.ask_down()
+            with trio.move_on_after(DOWN_LIMIT_S):
+                await self.plane.down_ready.wait()
+        await self.plane.stop()
+        engine = self.engine
+        with trio.move_on_after(DOWN_LIMIT_S):
+            while engine is not None and (engine.exclusive or engine.gone) and not engine.deposed:
+                await self._wait_change()
+        self._stop_copier()
+        await self._copier_ended.wait()
+        self._scope.cancel()
+        await self.ended.wait()
+        return 0, ""
+
+    # ------------------------------------------------------------ commands
+
+    async def command(self, verb: str, options: dict[str, Any]) -> tuple[int, str]:
+        """Hand a verb to the engine; (exit code, text) when it has ended."""
+        if self.engine is None:
+            return 6 if self.error else 1, self.error or f"volume {self.name} is starting; try again"
+        self._command_number += 1
+        number = self._command_number
+        done = trio.Event()
+        outcome: list[tuple[int, str]] = []
+
+        def answered(code: int, text: str) -> None:
+            outcome.append((code, text))
+            done.set()
+
+        self._commands[number] = answered
+        self.engine.command(number, verb, options, trio.current_time())
+        self._pump()
+        await done.wait()
+        self._apply_wishes()
+        return outcome[0]
+
+    async def wait_serving(self, limit_s: float) -> bool:
+        """True when the member has the state and admits I/O."""
+        with trio.move_on_after(limit_s):
+            while not self.serving:
+                await self._wait_change()
+        return self.serving
+
+    @property
+    def serving(self) -> bool:
+        engine = self.engine
+        return engine is not None and self.host in engine.live and not engine.sync_queued
+
+    def wall_clock(self, engine_s: float) -> str:
+        """An engine's time as ISO 8601 in UTC."""
+        moment = datetime.fromtimestamp(engine_s + self._wall_offset_s, UTC)
+        return moment.isoformat(timespec="milliseconds")
+
+    def use_config(self, config: VolumeConfig) -> None:
+        """After a retarget: the record has been changed by the caller."""
+        self.config = config
+        if self.engine is not None:
+            self.engine.config = config
+
+    def _answer_all(self, code: int, text: str) -> None:
+        commands, self._commands = self._commands, {}
+        for answered in commands.values():
+            answered(code, text)
+
+    def _apply_wishes(self) -> None:
+        if self.engine is not None:
+            self.copier.throttle(self.engine.state.rate_bytes_per_s)
+            self.copier.pause(self.engine.state.paused)
+
+    # ------------------------------------------------------------ effects
+
+    def _pump(self) -> None:
+        engine = self.engine
+        while engine is not None and (effects := engine.take_effects()):
+            for effect in effects:
+                self._perform(engine, effect)
+        self._wake()
+
+    def _perform(self, engine: LeaderEngine, effect: Effect) -> None:
+        assert self._nursery is not None and self.plane is not None
+        if isinstance(effect, SendTo):
+            if effect.host == self.host:
+                self.plane.send(effect.message)
+        elif isinstance(effect, DoPersist):
+            self._nursery.start_soon(self._persist, engine, effect)
+        elif isinstance(effect, DoCopy):
+            self.copier.copy(effect.job, effect.step)
+        elif isinstance(effect, DoCancel):
+            self.copier.cancel(effect.job)
+        elif isinstance(effect, DoCopierFlush):
+            self.copier.flush(effect.job, CopierFlush(effect.legs))
+        elif isinstance(effect, DoProbe):
+            self.copier.probe(effect.job, effect.step)
+        elif isinstance(effect, CommandDone):
+            answered = self._commands.pop(effect.number, None)
+            if answered is not None:
+                answered(effect.code, effect.text)
+        elif isinstance(effect, Deposed):
+            _logger.warning("%s: leadership of epoch %d ended: %s", self.name, engine.epoch, effect.reason)
+            self._deposed.set()
+
+    async def _persist(self, engine: LeaderEngine, effect: DoPersist) -> None:
+        try:
+            committed = await self._coordinator.commit(effect.txn)
+        except CoordinatorUnreachable as error:
+            engine.on_unknown(f"the outcome of a transaction is unknown: {error}")
+        else:
+            engine.on_persisted(effect.token, committed.ok, trio.current_time())
+        if engine is self.engine:
+            self._pump()
+
+    async def _tick(self) -> None:
+        while True:
+            await trio.sleep(TICK_S)
+            if self.engine is not None:
+                self.engine.tick(trio.current_time())
+                self._pump()
+                self.progress.sample(trio.current_time(), self.engine, self.copier)
+
+    def _wake(self) -> None:
+        async def notify() -> None:
+            async with self.changed:
+                self.changed.notify_all()
+
+        if self.changed.statistics().tasks_waiting and self._nursery is not None:
+            self._nursery.start_soon(notify)
+
+    async def _wait_change(self) -> None:
+        with trio.move_on_after(TICK_S):
+            async with self.changed:
+                await self.changed.wait()
+
+    # ------------------------------------------------------------ member
+
+    def _member_spec(self, incarnation: int) -> dict[str, Any]:
+        legs = {name: self._leg_spec(leg) for leg, name in enumerate(LEG_NAMES)}
+        return {
+            "volume": self.name,
+            "description": self.config.description or f"shadowvol volume {self.name}",
+            "size_bytes": self.config.size_bytes,
+            "region_bytes": self.config.region_bytes,
+            "incarnation": incarnation,
+            "link": str(self._home.link_socket),
+            "legs": legs,
+        }
+
+    def _leg_spec(self, leg: int) -> dict[str, Any]:
+        record = self.config.leg(leg)
+        return {"path": record.uri, "cache": record.cache, "identity": record.identity}
+
+    def _member_up(self, incarnation: int) -> None:
+        if self.engine is not None:
+            self.engine.on_member_up(self.host, incarnation, trio.current_time())
+            self._pump()
+
+    def _member_gone(self) -> None:
+        """Its lock was in our hands: nothing of it can still land."""
+        self._log_asks.clear()
+        engine = self.engine
+        if engine is not None and (self.host in {**engine.live, **engine.joining, **engine.unresolved}):
+            engine.on_member_gone(self.host, self._log.runs(), trio.current_time())
+            self._pump()
+
+    def _member_counts(self, statistics: dict[str, Any]) -> None:
+        for name, value in self.longest.items():
+            self.longest[name] = max(value, statistics.get(name) or 0.0)
+
+    def _member_said(self, message: Answer | Ask) -> None:
+        if isinstance(message, Ask) and isinstance(message.want, LogZones | UnlogZones):
+            self._log_asks.append(message)
+            self._log_wanted.set()
+        elif self.engine is not None:
+            self.engine.on_member_message(self.host, message, trio.current_time())
+            self._pump()
+
+    async def _serve_log(self) -> None:
+        """The member's activity log: one transaction after the other, each ask replied to when it is durable."""
+        while True:
+            await self._log_wanted.wait()
+            self._log_wanted = trio.Event()
+            while self._log_asks:
+                ask = self._log_asks.popleft()
+                await self._log_zones(ask)
+
+    async def _log_zones(self, ask: Ask) -> None:
+        assert self.plane is not None
+        want = ask.want
+        zones = want.zones if isinstance(want, LogZones | UnlogZones) else []
+        if ask.incarnation != self._log_incarnation:  # it has joined, so its predecessor's log has been emptied
+            self._log = ActivityLog(self.name, self.host, set())
+            self._log_incarnation = ask.incarnation
+        while ask.incarnation == self.plane.incarnation:
+            before = set(self._log.zones)
+            add, remove = (zones, []) if isinstance(want, LogZones) else ([], zones)
+            try:
+                committed = await self._coordinator.commit(self._log.txn(add, remove, ask.incarnation))
+            except CoordinatorUnreachable as error:
+                self._log.zones = before | self._log.zones
+                _logger.error("%s: the activity log cannot be written: %s; trying again", self.name, error)
+                await trio.sleep(LOG_RETRY_S)
+                continue
+            if committed.ok:
+                self.plane.send(Reply(ask.incarnation, ask.number))
+            else:
+                self._log.zones = before
+            return
+
+    # ------------------------------------------------------------ copier
+
+    def _new_copier(self) -> Copier:
+        return Copier(
+            self.name,
+            self._home.transfer_lock(self.name),
+            started=self._copier_started,
+            stopped=self._copier_stopped,
+            job_done=self._job_done,
+        )
+
+    async def _mind_copier(self) -> None:
+        """A transfer process runs while there is something to copy, or could be again."""
+        while True:
+            engine = self.engine
+            wanted = engine is not None and not engine.deposed and engine.state.phase is Phase.COPYING
+            if wanted and self._copier_scope is None:
+                await self._run_copier()
+            elif not wanted and engine is not None and engine.quarantine:
+                await self._end_quarantine()
+            await self._wait_change()
+
+    async def _run_copier(self) -> None:
+        engine = self.engine
+        assert engine is not None
+        legs = {name: self._leg_spec(leg) for leg, name in enumerate(LEG_NAMES)}
+        self._copier_ended = trio.Event()
+        try:
+            with trio.CancelScope() as self._copier_scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._stop_copier_when_idle)
+                    await self.copier.run(
+                        legs,
+                        verify=self.config.verify_copy,
+                        rate=engine.state.rate_bytes_per_s,
+                        paused=engine.state.paused,
+                    )
+        finally:
+            self._copier_scope = None
+            self._copier_ended.set()
+
+    async def _stop_copier_when_idle(self) -> None:
+        """When the phase needs no copying any more (commit, abort), its process ends and its legs are closed."""
+        while (engine := self.engine) is not None and engine.state.phase is Phase.COPYING:
+            await self._wait_change()
+        self._stop_copier()
+
+    def _stop_copier(self) -> None:
+        if self._copier_scope is not None:
+            self._copier_scope.cancel()
+
+    async def _end_quarantine(self) -> None:
+        """No copier of ours runs; when none of an earlier agent holds the lock either, none can write any more."""
+        with suppress(OSError):
+            if self.copier.lock_is_free():
+                assert self.engine is not None
+                self.engine.on_old_copiers_stopped(trio.current_time())
+                self._pump()
+
+    def _copier_started(self) -> None:
+        if self.engine is not None:
+            self.engine.on_copier(True, trio.current_time())
+            self.engine.on_old_copiers_stopped(trio.current_time())
+            self._pump()
+
+    def _copier_stopped(self) -> None:
+        if self.engine is not None:
+            self.engine.on_copier(False, trio.current_time())
+            self._pump()
+
+    def _job_done(self, job: int, outcome: Any) -> None:
+        if self.engine is not None:
+            self.engine.on_job_done(job, outcome, trio.current_time())
+            self._pump()
+
+

@@ -1,0 +1,425 @@
+"""Creating, retargeting and deleting the record of a volume, with every check that stands before it (DESIGN 8).
+
+The order, the same for both kinds of new legs:
+1. Names and sizes are judged, nothing is touched.
+2. `provision` makes the target's file, which is removed again if anything below refuses.
+3. Each leg is looked at: size, mounted, used by another device; then the two against each other.
+4. Each leg is claimed, as a member would, until the end: of two commands that want the same storage one is refused.
+5. The record is read, the leg compared with those of every volume in it, and the change committed with compares.
+Data on a leg is never changed or deleted, in no case.
+
+Steps 2-4 block (a probe of a slow disk takes seconds), so they run in a thread.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+import trio
+
+from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable, RecordDamaged
+from shadowvol.core.geometry import KIB, REGIONS_MAX_DEFAULT, Geometry, region_bytes_for
+from shadowvol.core.legs import Phase
+from shadowvol.core.records import (
+    Keys,
+    LegRecord,
+    RecordError,
+    VolumeConfig,
+    VolumeRecord,
+    creation_txn,
+    decode_config,
+    decode_volume,
+    encode_config,
+    volume_names,
+)
+from shadowvol.core.txn import Compare, Entry, Holds, Txn
+from shadowvol.endpoints.identity import LegFacts, LegRefused, LegSpec, identity_of, probe, same_storage
+from shadowvol.endpoints.local import open_local
+
+BAD_INPUT, REFUSED, NO_SUCH_VOLUME, FAILED, TIMED_OUT, UNREACHABLE = 2, 3, 4, 1, 5, 6  # exit codes of DESIGN 12
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,47}")
+REGION_BYTES_MIN = 64 * KIB
+REGION_BYTES_MAX = 1 << 30  # one region is copied as a whole: beyond this a touched one is never done
+VOLUMES = "volumes/"
+_SIZE_PART = re.compile(r":size=\d+")
+
+T = TypeVar("T")
+
+
+class VerbError(Exception):
+    """A verb that ends with another exit code than 0. `text` is for the operator: one or two lines."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+
+
+def check_name(name: str) -> str:
+    """The name itself. Raises VerbError."""
+    if not NAME.fullmatch(name):
+        raise VerbError(
+            BAD_INPUT,
+            f"{name!r} is not a volume name: 1 to 48 of a-z 0-9 . _ -, the first one a letter or a digit",
+        )
+    return name
+
+
+def no_such_volume(name: str) -> VerbError:
+    return VerbError(NO_SUCH_VOLUME, f"there is no volume {name}; shadowvol status lists them")
+
+
+# ---------------------------------------------------------------- verbs
+
+
+async def create_volume(
+    coordinator: Coordinator,
+    *,
+    name: str,
+    source: str,
+    target: str,
+    kind: str = "block",
+    region_size: int | None = None,
+    provision: bool = False,
+    verify_copy: bool = False,
+    force: bool = False,
+    directory: str | None = None,
+    description: str = "",
+) -> VolumeConfig:
+    """Record a new volume. Relative legs start at `directory` (default: the current one). Raises VerbError."""
+    check_name(name)
+    if kind != "block":
+        raise VerbError(BAD_INPUT, f"volumes of kind {kind} are not in this version of shadowvol; there is block")
+    _check_region_size(region_size)
+    source_path, target_path = _parse("source", source, directory), _parse("target", target, directory)
+    entries = await _read(coordinator, VOLUMES)
+    if Keys(name).config in entries:
+        raise VerbError(BAD_INPUT, f"there is a volume {name} already")
+    with ExitStack() as undo:
+        await _in_thread(partial(_check_not_the_same, source_path, target_path))
+        facts = await _in_thread(partial(_look, "source", source_path))
+        region_bytes = region_size or region_bytes_for(facts.size_bytes)
+        _check_region_count(facts.size_bytes, region_bytes)
+        made = await _in_thread(partial(_provision, target_path, facts.size_bytes)) if provision else None
+        undo_made = undo.enter_context(_Removal(made))
+        target_facts = await _in_thread(partial(_look_at_target, target_path, facts.size_bytes, force))
+        for role, leg in (("source", facts), ("target", target_facts)):
+            undo.enter_context(await _in_thread(partial(_Claim, role, leg.path)))
+        entries = await _read(coordinator, VOLUMES)  # again, now that nobody else can record these legs
+        await _in_thread(partial(_check_other_volumes, entries, {"source": facts, "target": target_facts}, None))
+        geometry = Geometry.of(facts.size_bytes, region_bytes)
+        config = VolumeConfig(
+            name,
+            kind,
+            facts.size_bytes,
+            region_bytes,
+            _record(facts),
+            _record(target_facts),
+            geometry.block_bytes,
+            geometry.zone_bytes,
+            verify_copy,
+            description,
+        )
+        if not await _commit(coordinator, creation_txn(config), undo_made):
+            raise VerbError(BAD_INPUT, f"there is a volume {name} already")
+        undo_made.keep()
+    return config
+
+
+async def retarget_volume(
+    coordinator: Coordinator,
+    name: str,
+    target: str,
+    *,
+    provision: bool = False,
+    force: bool = False,
+    directory: str | None = None,
+) -> VolumeConfig:
+    """Give a volume in phase setup another target; returns the new record. Raises VerbError."""
+    target_path = _parse("target", target, directory)
+    entries = await _read(coordinator, VOLUMES)
+    record = record_of(name, entries)
+    if record.state.phase is not Phase.SETUP:
+        raise VerbError(REFUSED, f"retarget needs phase setup; volume {name} is in {shown_phase(record)}")
+    config = record.config
+    with ExitStack() as undo:
+        made = await _in_thread(partial(_provision, target_path, config.size_bytes)) if provision else None
+        undo_made = undo.enter_context(_Removal(made))
+        await _in_thread(partial(_check_not_the_same, config.source.uri, target_path))
+        facts = await _in_thread(partial(_look_at_target, target_path, config.size_bytes, force))
+        if facts.identity == config.target.identity and facts.path == config.target.uri:
+            return config
+        if facts.identity != config.target.identity:  # else its own member may hold the claim
+            undo.enter_context(await _in_thread(partial(_Claim, "target", facts.path)))
+        entries = await _read(coordinator, VOLUMES)
+        await _in_thread(partial(_check_other_volumes, entries, {"target": facts}, name))
+        changed = replace(config, target=_record(facts))
+        keys = Keys(name)
+        compares = (
+            Compare(keys.config, Holds.VALUE, encode_config(config)),
+            Compare(keys.state, Holds.VALUE, entries[keys.state].value if keys.state in entries else b""),
+        )
+        if record_of(name, entries).state.phase is not Phase.SETUP or not await _commit(
+            coordinator, Txn(compares, ((keys.config, encode_config(changed)),)), undo_made
+        ):
+            raise VerbError(REFUSED, f"volume {name} was changed at the same time; nothing was retargeted, try again")
+        undo_made.keep()
+    return changed
+
+
+async def delete_volume(coordinator: Coordinator, name: str, force: bool = False) -> None:
+    """Forget a volume; its legs stay as they are. Raises VerbError.
+
+    `force` does not override being up: who may end clients brings the volume down first (`down --force`).
+    """
+    entries = await _read(coordinator, Keys(check_name(name)).prefix)
+    record = record_of(name, entries)
+    if record.state.phase not in (Phase.SETUP, Phase.COMMITTED):
+        raise VerbError(
+            REFUSED,
+            f"delete needs phase setup or committed; volume {name} is in {shown_phase(record)}: "
+            f"shadowvol abort {name} or shadowvol commit {name} first",
+        )
+    if record.state.up:
+        down = f"shadowvol down {'--force ' if force else ''}{name}"
+        raise VerbError(REFUSED, f"volume {name} is up; {down} first")
+    keys = Keys(name)
+    txn = Txn((Compare(keys.state, Holds.VALUE, entries[keys.state].value),), deletes=(keys.prefix,))
+    if not await _commit(coordinator, txn):
+        raise VerbError(REFUSED, f"volume {name} was changed at the same time; it was not deleted, try again")
+
+
+# ---------------------------------------------------------------- the record
+
+
+async def read_volume(coordinator: Coordinator, name: str) -> VolumeRecord:
+    """Raises VerbError: a bad name, no such volume, a damaged record, no coordinator."""
+    return record_of(name, await _read(coordinator, Keys(check_name(name)).prefix))
+
+
+async def read_volumes(coordinator: Coordinator) -> dict[str, VolumeRecord]:
+    """All volumes by name, in order of their names. Raises VerbError."""
+    entries = await _read(coordinator, VOLUMES)
+    return {name: record_of(name, entries) for name in volume_names(entries)}
+
+
+def record_of(name: str, entries: dict[str, Entry]) -> VolumeRecord:
+    """One volume among the entries of one or all volumes. Raises VerbError."""
+    keys = Keys(check_name(name))
+    if keys.config not in entries:
+        raise no_such_volume(name)
+    try:
+        return decode_volume(name, {key: entry for key, entry in entries.items() if key.startswith(keys.prefix)})
+    except RecordError as error:
+        raise VerbError(FAILED, str(error)) from error
+
+
+def shown_phase(record: VolumeRecord) -> Phase:
+    """The phase that an operator sees: copying with both bits everywhere is synced (as LeaderEngine.phase)."""
+    state = record.state
+    if state.phase is Phase.COPYING and state.goal is None and record.map.count_both() == len(record.map):
+        return Phase.SYNCED
+    return state.phase
+
+
+async def _read(coordinator: Coordinator, prefix: str) -> dict[str, Entry]:
+    try:
+        return (await coordinator.read(prefix)).entries
+    except CoordinatorUnreachable as error:
+        raise VerbError(UNREACHABLE, str(error)) from error
+    except RecordDamaged as error:
+        raise VerbError(FAILED, str(error)) from error
+
+
+async def _commit(coordinator: Coordinator, txn: Txn, made: "_Removal | None" = None) -> bool:
+    """Whether the compares held. With an unknown outcome the record may name the file that was made: it stays."""
+    try:
+        return (await coordinator.commit(txn)).ok
+    except CoordinatorUnreachable as error:
+        if made is not None:
+            made.keep()
+        raise VerbError(UNREACHABLE, f"{error}\nwhether it took effect is not known: shadowvol status") from error
+    except RecordDamaged as error:
+        raise VerbError(FAILED, str(error)) from error
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_region_size(region_bytes: int | None) -> None:
+    if region_bytes is None:
+        return
+    is_power = region_bytes > 0 and region_bytes & (region_bytes - 1) == 0
+    if not is_power or not REGION_BYTES_MIN <= region_bytes <= REGION_BYTES_MAX:
+        raise VerbError(BAD_INPUT, f"a region size is a power of two from 64KiB to 1GiB, not {region_bytes} bytes")
+
+
+def _check_region_count(size_bytes: int, region_bytes: int) -> None:
+    count = -(-size_bytes // region_bytes)
+    if count > REGIONS_MAX_DEFAULT:
+        smallest = region_bytes_for(size_bytes)
+        raise VerbError(
+            BAD_INPUT,
+            f"regions of {region_bytes} bytes would be {count}, at most {REGIONS_MAX_DEFAULT} are possible; "
+            f"--region-size {smallest >> 20}MiB is the default here",
+        )
+
+
+def _parse(role: str, argument: str, directory: str | None) -> str:
+    try:
+        return LegSpec.parse(argument, directory).path
+    except LegRefused as refused:
+        raise VerbError(BAD_INPUT, f"{role} {refused}") from None
+
+
+def _look(role: str, path: str) -> LegFacts:
+    """A leg on its own."""
+    try:
+        facts = probe(path)
+    except LegRefused as refused:
+        raise VerbError(BAD_INPUT, f"{role} {refused}") from None
+    except OSError as error:
+        raise VerbError(BAD_INPUT, f"{role} {path}: {error.strerror or error}") from None
+    if facts.mounted_at == "[swap]":
+        raise VerbError(BAD_INPUT, f"{role} {path} is in use as swap")
+    if facts.mounted_at is not None:
+        raise VerbError(BAD_INPUT, f"{role} {path} is mounted at {facts.mounted_at}; unmount it first")
+    if facts.holders:
+        raise VerbError(BAD_INPUT, f"{role} {path} is in use by /dev/{facts.holders[0]}")
+    return facts
+
+
+def _check_not_the_same(source_path: str, target_path: str) -> None:
+    """A target that is not there yet is no other name of anything."""
+    try:
+        same = os.path.exists(target_path) and same_storage(source_path, target_path)
+    except OSError as error:
+        raise VerbError(BAD_INPUT, f"source {source_path}: {error.strerror}") from None
+    if same:
+        raise VerbError(BAD_INPUT, f"source {source_path} and target {target_path} are the same storage")
+
+
+def _look_at_target(path: str, size_bytes: int, force: bool) -> LegFacts:
+    if not os.path.lexists(path):
+        raise VerbError(BAD_INPUT, f"target {path}: does not exist; --provision makes it")
+    facts = _look("target", path)
+    if facts.size_bytes < size_bytes:
+        raise VerbError(
+            BAD_INPUT, f"target {path} is too small: {facts.size_bytes} bytes, the source has {size_bytes}"
+        )
+    if facts.signature is not None and not force:
+        raise VerbError(
+            BAD_INPUT, f"target {path} carries data ({facts.signature}); --force if it may be overwritten"
+        )
+    return facts
+
+
+def _check_other_volumes(entries: dict[str, Entry], legs: dict[str, LegFacts], but: str | None) -> None:
+    """No leg is, or shares storage with, a leg of a recorded volume other than `but`."""
+    for name in volume_names(entries):
+        if name == but:
+            continue
+        try:
+            config = decode_config(entries[Keys(name).config].value)
+        except (ValueError, TypeError, KeyError) as error:
+            raise VerbError(FAILED, f"the record of volume {name} does not check out: {error}") from error
+        for role, facts in legs.items():
+            for their_role, recorded in (("source", config.source), ("target", config.target)):
+                if _is_same_leg(facts, recorded):
+                    raise VerbError(
+                        BAD_INPUT,
+                        f"{role} {facts.path} is the {their_role} of volume {name}; "
+                        f"a leg is free again when its volume is deleted",
+                    )
+
+
+def _is_same_leg(facts: LegFacts, recorded: LegRecord) -> bool:
+    """By identity, of which the size may have changed; and by place, where the recorded leg is still at its path."""
+    if _medium(facts.identity) == _medium(recorded.identity):
+        return True
+    try:
+        still_there = _medium(identity_of(recorded.uri)) == _medium(recorded.identity)
+        return still_there and same_storage(facts.path, recorded.uri)
+    except (OSError, LegRefused):
+        return False
+
+
+def _medium(identity: str) -> str:
+    return _SIZE_PART.sub("", identity)
+
+
+def _record(facts: LegFacts) -> LegRecord:
+    return LegRecord(facts.path, facts.identity, facts.size_bytes, "host")
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    return await trio.to_thread.run_sync(work)
+
+
+# ---------------------------------------------------------------- what is held or made for the time of a verb
+
+
+class _Claim:
+    """A leg opened as a member would open it: writable, and claimed against every other opener of ours."""
+
+    def __init__(self, role: str, path: str) -> None:
+        try:
+            self._endpoint = open_local(path, cache="host", writable=True, claim=True)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise VerbError(BAD_INPUT, f"{role} {path} is in use by another process or device") from None
+            raise VerbError(BAD_INPUT, f"{role} {path} cannot be opened for writing: {error.strerror}") from None
+
+    def __enter__(self) -> "_Claim":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._endpoint.close()
+
+
+@dataclass(slots=True)
+class _Removal:
+    """Removes a file that was made, unless keep() was called."""
+
+    path: str | None
+
+    def keep(self) -> None:
+        self.path = None
+
+    def __enter__(self) -> "_Removal":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self.path is not None:
+            os.unlink(self.path)
+
+
+def _provision(path: str, size_bytes: int) -> str:
+    """Make the target: a sparse file, durable before it is recorded. Returns its path."""
+    if path.startswith("/dev/") and not path.startswith("/dev/shm/"):
+        raise VerbError(BAD_INPUT, f"target {path}: --provision makes files, not devices")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise VerbError(BAD_INPUT, f"target {path} exists already; leave out --provision to use it") from None
+    except OSError as error:
+        raise VerbError(BAD_INPUT, f"target {path} cannot be made: {error.strerror}") from None
+    try:
+        os.ftruncate(fd, size_bytes)
+        os.fsync(fd)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        os.unlink(path)
+        raise VerbError(FAILED, f"target {path} cannot be made: {error.strerror}") from None
+    finally:
+        os.close(fd)
+    return path
