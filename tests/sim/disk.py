@@ -4,56 +4,83 @@ Faults allowed (a correct system survives exactly these): each block of a reques
 instant between begin and end; a write or read may fail, having landed in part; a flush may fail, after which what
 was written before may be lost at a power loss although later flushes succeed, and each opener is told once
 (as Linux tells each open file); a power loss keeps, per block, the flushed value or any later one.
+
+Two kinds, by `shared`. Shared: all openers have one cache (a local file or disk), so anyone's flush makes all of it
+durable and a failed one loses all. Private: each cache owner has its own (an NBD server without multi-conn, hosts
+with caches of their own): a flush covers its owner's writes only. A host's next member owns what the last one wrote; what
+a dead copier wrote is nobody's any more.
 """
 
 import random
 
+Unflushed = tuple[int, int, str]  # (order, value, owner)
+
 
 class Disk:
-    def __init__(self, name: str, blocks: int, rng: random.Random) -> None:
+    def __init__(self, name: str, blocks: int, rng: random.Random, shared: bool) -> None:
         self.name = name
         self.rng = rng
+        self.shared = shared
         self.cache = [0] * blocks  # what a read sees
         self.durable = [0] * blocks
-        self.unflushed: dict[int, list[int]] = {}  # block -> values since it was last durable
+        self.unflushed: dict[int, list[Unflushed]] = {}  # block -> values since it was last durable
         self.fail_read = 0.0
         self.fail_write = 0.0
         self.fail_flush = 0.0
-        self.limbo: dict[int, list[int]] = {}  # values that a failed flush lost track of
+        self.limbo: dict[int, list[Unflushed]] = {}  # values that a failed flush lost track of
+        self._order = 0
+        self._durable_order = [0] * blocks
         self._untold: set[str] = set()  # openers that a failed flush must still be told to
         self.openers: set[str] = set()
         self.faults = 0
 
-    def put(self, block: int, value: int) -> None:
+    def put(self, block: int, value: int, owner: str) -> None:
+        self._order += 1
         self.cache[block] = value
-        self.unflushed.setdefault(block, []).append(value)
+        self.unflushed.setdefault(block, []).append((self._order, value, owner))
 
-    def flush(self, opener: str) -> bool:
-        """True: everything written before is durable. False: told that a flush failed."""
+    def flush(self, opener: str, owner: str) -> bool:
+        """True: everything that the owner wrote before is durable. False: told that a flush failed."""
         if opener in self._untold:
             self._untold.discard(opener)
             return False
         if self.rng.random() < self.fail_flush:
             self.faults += 1
             self._untold = self.openers - {opener}
-            self._lose_track()
+            for block, values in self._take(owner).items():
+                self.limbo.setdefault(block, []).extend(values)
             return False
-        for block in list(self.unflushed):
-            self.durable[block] = self.cache[block]
-            del self.unflushed[block]
-            self.limbo.pop(block, None)
+        for block, values in self._take(owner).items():
+            order, value, _ = values[-1]
+            if order > self._durable_order[block]:
+                self._durable_order[block] = order
+                self.durable[block] = value
+                self.limbo.pop(block, None)
         return True
 
-    def _lose_track(self) -> None:
-        """Pages are marked clean although they did not land: only a power loss shows it."""
-        for block, values in self.unflushed.items():
-            self.limbo.setdefault(block, []).extend(values)
-        self.unflushed.clear()
+    def _take(self, owner: str) -> dict[int, list[Unflushed]]:
+        """Remove and return what a flush of this owner covers."""
+        if self.shared:
+            taken, self.unflushed = self.unflushed, {}
+            return taken
+        taken = {}
+        for block, values in list(self.unflushed.items()):
+            mine = [entry for entry in values if entry[2] == owner]
+            if not mine:
+                continue
+            taken[block] = mine
+            rest = [entry for entry in values if entry[2] != owner]
+            if rest:
+                self.unflushed[block] = rest
+            else:
+                del self.unflushed[block]
+        return taken
 
     def power_loss(self) -> None:
         for block in {**self.limbo, **self.unflushed}:
             values = self.limbo.get(block, []) + self.unflushed.get(block, [])
-            self.durable[block] = self.rng.choice([self.durable[block], *values])
+            later = [value for order, value, _ in values if order > self._durable_order[block]]
+            self.durable[block] = self.rng.choice([self.durable[block], *later])
         self.limbo.clear()
         self.unflushed.clear()
         self._untold.clear()

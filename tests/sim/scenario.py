@@ -79,22 +79,21 @@ class Client:
         start = rng.randrange(min(size, world.profile.span_blocks))
         return start, min(size, start + rng.randint(1, 3))
 
-    def _mine(self, start: int, end: int) -> tuple[int, int]:
-        """On several hosts each writes its own regions: without a lock, nothing else is defined."""
-        world = self.world
-        hosts = len(world.hosts)
-        if hosts == 1:
-            return start, end
-        region = start // 2
-        region -= (region - world.hosts.index(self.host)) % hosts
-        if region < 0:
-            region += hosts
-        start = region * 2 + start % 2
-        return start, min(end if end > start else start + 1, region * 2 + 2)
+    def _lock(self, start: int, end: int) -> int:
+        """Lock as many blocks of [start, end) as no other host is writing: without a lock, nothing is defined."""
+        for block in range(start, end):
+            if not self.world.lock(self.host, block):
+                return block
+        return end
 
     def write(self, member: Member) -> None:
         world = self.world
-        start, end = self._mine(*self._range())
+        start, end = self._range()
+        end = self._lock(start, end)
+        if end == start:
+            world.coverage["another host held the block"] += 1
+            self.again()
+            return
         values: dict[int, int] = {}
         writes: list[WriteOp] = []
         for block in range(start, end):
@@ -133,6 +132,7 @@ class Client:
                 if not ok:
                     failed.append((leg, a, b))
                     world.coverage["leg write failed"] += 1
+                    world.event("write faulted")
                 next_leg()
 
             world.leg_write(member, leg, {block: values[block] for block in range(a, b)}, landed)
@@ -148,6 +148,7 @@ class Client:
             else:
                 world.coverage["write answered with an error"] += 1
             world.note(f"{name} answered {ticket[0].error or 'ok'}")
+            world.unlock(range(start, end))
             self.again()
             return True
 
@@ -218,6 +219,7 @@ class Client:
         def done(ticket) -> None:
             if ticket.error is None:
                 world.history.flushed(self.host, began)
+                world.event("flush answered")
             else:
                 world.history.flush_failed(self.host)
                 world.coverage["flush answered with an error"] += 1
@@ -341,7 +343,9 @@ def _begin(world: World, clients: list[Client]) -> None:
             _misfortune(world)
             world.power_at = None
         until = min(end, world.power_at if world.power_at is not None else end)
-        world.run_until(max(until, world.now + 0.0001))
+        world.run_until(
+            max(until, world.now + 0.0001), lambda: world.power_at is not None and world.now >= world.power_at
+        )
 
 
 def _converge(world: World) -> None:
@@ -350,9 +354,8 @@ def _converge(world: World) -> None:
     world.stopping = True
     for disk in world.disks:
         disk.fail_write = disk.fail_read = disk.fail_flush = 0.0
-    for member in world.members.values():
-        if member is not None:
-            member.paused_until = min(member.paused_until, world.now + 0.3)
+    for member in filter(None, world.members.values()):
+        member.paused_until = min(member.paused_until, world.now + 0.3)
 
     def resume() -> None:
         if world.leader is not None and world.leader.engine.state.paused:
@@ -365,9 +368,12 @@ def _converge(world: World) -> None:
         leader = world.leader
         if leader is None or leader.engine.exclusive or leader.engine.windows or leader.engine.sync_queued:
             return False
-        if any(member is None or not member.engine.joined or member.waiting for member in world.members.values()):
+        members = [member for member in world.members.values() if member is not None]
+        if len(members) < len(world.members):
             return False
-        if any(member.engine.inflight.writes or member.engine.inflight.reads for member in world.members.values()):
+        if any(not member.engine.joined or member.waiting for member in members):
+            return False
+        if any(member.engine.inflight.writes or member.engine.inflight.reads for member in members):
             return False
         phase = leader.engine.phase
         if leader.engine.state.goal is not None or world.zombies_writing():

@@ -80,6 +80,24 @@ class Profile:
     whole_writes: float = 0.15
     verbs: tuple[str, ...] = ("start", "cutover", "undo", "commit", "abort", "pause", "resume", "cutover", "undo")
     span_blocks: int = 1000  # small writes start below this: a small span makes them meet
+    copy_s: float = 0.008  # longest time between the copier's read of a block and its write
+    copier_stall: float = 0.01  # probability per block that its write lands up to 0.6 s later
+    persist_s: float = 0.012  # longest transaction
+    slow_persist: float = 0.02  # probability that one takes up to 0.5 s (its leader or the coordinator was paused)
+    log_s: float = 0.01  # longest transaction of an activity log
+    announce_s: float = 0.05  # longest time until a leader hears of a member
+    shared_cache: float = 0.5  # probability that a disk's cache is shared by all who have it open
+    trouble_at: tuple[tuple[str, str, float], ...] = (
+        ("bits set", "power", 0.02),
+        ("flush answered", "power", 0.002),
+        ("zones unlogged", "power", 0.01),
+        ("zones unlogged", "kill member", 0.01),
+        ("write faulted", "kill leader", 0.02),
+        ("write faulted", "kill member", 0.02),
+        ("committed", "kill leader", 0.05),
+        ("member started", "kill leader", 0.05),
+    )  # (event, what happens within trouble_s after it, with which probability)
+    trouble_s: float = 0.05
 
 
 @dataclass(eq=False)
@@ -107,13 +125,14 @@ class Leader:
     alive: bool = True
     zombie: bool = False
     copier_alive: bool = False
+    copier_number: int = 0
     copier_jobs: int = 0
     stop_notified: bool = True
     cancelled: set[int] = field(default_factory=set)
 
     @property
     def opener(self) -> str:
-        return f"copier.{self.engine.epoch}"
+        return f"copier.{self.engine.epoch}.{self.copier_number}"
 
 
 class World:
@@ -128,7 +147,8 @@ class World:
         self._order = 0
         self.geometry = Geometry(profile.regions * 2, 2, 1, 4)
         blocks = self.geometry.size_bytes
-        self.disks = (Disk("source", blocks, self.rng), Disk("target", blocks, self.rng))
+        shared = [self.rng.random() < profile.shared_cache for _ in range(2)]
+        self.disks = (Disk("source", blocks, self.rng, shared[0]), Disk("target", blocks, self.rng, shared[1]))
         for disk_block in range(blocks):
             self.disks[TARGET].cache[disk_block] = self.disks[TARGET].durable[disk_block] = -1
         self.history = History(blocks)
@@ -153,6 +173,7 @@ class World:
         self.dead_logs: dict[str, int] = {}
         self.quiet_until = 0.0
         self.power_at: float | None = None
+        self.locked: dict[int, tuple[str, int]] = {}  # block -> host whose application is writing it, times
 
     # ------------------------------------------------------------ clock
 
@@ -174,6 +195,26 @@ class World:
         self.now = until
         return stop is not None and stop()
 
+    def event(self, name: str) -> None:
+        """Something has happened after which trouble may be interesting."""
+        if self.calm:
+            return
+        for event, what, probability in self.profile.trouble_at:
+            if event == name and self.rng.random() < probability:
+                self.coverage[f"{what} after: {name}"] += 1
+                self.at(self.rng.random() * self.profile.trouble_s, lambda what=what: self._trouble(what))  # type: ignore[misc]
+
+    def _trouble(self, what: str) -> None:
+        if what == "power":
+            self.power_at = self.now
+            self.at(0, lambda: None)
+        elif what == "kill member":
+            self.kill_member(self.rng.choice(self.hosts))
+        elif what == "kill copier":
+            self.kill_copier()
+        else:
+            self.kill_leader(self.rng.random() < self.profile.zombie)
+
     # ------------------------------------------------------------ network
 
     def carry(self, action: Callable[[], None], *, lossy: bool = True) -> None:
@@ -194,6 +235,21 @@ class World:
                 delay = rng.random() * 0.4
             self.at(delay, action)
 
+    # ------------------------------------------------------------ the applications' own locks
+
+    def lock(self, host: str, block: int) -> bool:
+        """Hosts do not write a block at the same time; False: another one does."""
+        owner, times = self.locked.get(block, (host, 0))
+        if owner == host:
+            self.locked[block] = (host, times + 1)
+        return owner == host
+
+    def unlock(self, blocks: range) -> None:
+        for block in blocks:
+            owner, times = self.locked.pop(block)
+            if times > 1:
+                self.locked[block] = (owner, times - 1)
+
     # ------------------------------------------------------------ members
 
     def start_member(self, host: str) -> None:
@@ -207,7 +263,8 @@ class World:
             disk.openers.add(member.opener)
         self.note(f"member {host} starts as {self.incarnation}")
         self._member_tick(member)
-        self._announce(member)
+        self.at(self.rng.random() * self.profile.announce_s, lambda: self._announce(member))
+        self.event("member started")
 
     def _announce(self, member: Member) -> None:
         leader = self.leader
@@ -238,8 +295,9 @@ class World:
         member.alive = False
         for disk, block, value in member.pending_puts:
             if self.rng.random() < 0.5:
-                disk.put(block, value)
+                disk.put(block, value, host)
         member.pending_puts.clear()
+        self.locked = {block: owner for block, owner in self.locked.items() if owner[0] != host}
         self._clients_lost(member)
         for disk in self.disks:
             disk.openers.discard(member.opener)
@@ -343,6 +401,9 @@ class World:
                 return
             if ask in member.engine.outstanding() and not already:
                 result = self.store.commit(txn)
+                if result.ok and isinstance(want, UnlogZones):
+                    self.coverage["zones left the log"] += 1
+                    self.event("zones unlogged")
                 if result.ok:
                     self.carry(lambda: self._member_hears(member, Reply(ask.incarnation, ask.number)), lossy=False)
             queue = self.log_busy[host]
@@ -350,7 +411,7 @@ class World:
             if queue:
                 queue[0]()
 
-        self.at(0.0005 + self.rng.random() * 0.01, committed)
+        self.at(0.0005 + self.rng.random() * self.profile.log_s, committed)
 
     def _member_hears(self, member: Member, message: Request | Reply) -> None:
         if not member.alive:
@@ -381,7 +442,7 @@ class World:
     def _land(self, member: Member, entry: tuple[Disk, int, int]) -> None:
         if entry in member.pending_puts:
             member.pending_puts.remove(entry)
-            entry[0].put(entry[1], entry[2])
+            entry[0].put(entry[1], entry[2], member.host)
 
     def leg_read(self, member: Member, leg: int, blocks: range, done: Callable[[dict[int, int] | None], None]) -> None:
         disk, rng = self.disks[leg], self.rng
@@ -415,7 +476,7 @@ class World:
                 return
             failed = {}
             for leg in (SOURCE, TARGET):
-                if ticket[0].legs & (1 << leg) and not self.disks[leg].flush(member.opener):
+                if ticket[0].legs & (1 << leg) and not self.disks[leg].flush(member.opener, member.host):
                     failed[leg] = "flush failed"
                     self.coverage["flush failed"] += 1
             self.note(f"flush {member.opener} token {token} legs {ticket[0].legs} failed {sorted(failed)}")
@@ -456,7 +517,7 @@ class World:
         for name in self.hosts:
             member = self.members[name]
             if member is not None and member.alive:
-                self._announce(member)
+                self.at(self.rng.random() * self.profile.announce_s, lambda member=member: self._announce(member))
             elif member is None and name in engine.unresolved:
                 self._tell_gone(name)
         self.at(self.rng.random() * 0.2, lambda: self._copier_up(leader))
@@ -475,6 +536,7 @@ class World:
     def _copier_up(self, leader: Leader) -> None:
         if leader.alive and not leader.copier_alive:
             leader.copier_alive = True
+            leader.copier_number += 1
             for disk in self.disks:
                 disk.openers.add(leader.opener)
             leader.engine.on_copier(True, self.now)
@@ -536,7 +598,9 @@ class World:
                 self.note(f"L{leader.engine.epoch} -> {effect.host}: {_short(effect.message)}")
                 self.carry(lambda: self._member_hears(member, effect.message))
         elif isinstance(effect, DoPersist):
-            self.at(0.0005 + self.rng.random() * 0.012, lambda: self._persist(leader, effect))
+            slow = not self.calm and self.rng.random() < self.profile.slow_persist
+            longest = 0.5 if slow else self.profile.persist_s
+            self.at(0.0005 + self.rng.random() * longest, lambda: self._persist(leader, effect))
         elif isinstance(effect, DoCopy):
             self._copy(leader, effect)
         elif isinstance(effect, DoCancel):
@@ -564,7 +628,19 @@ class World:
             puts = [key.split("/", 2)[2] for key, _ in effect.txn.puts]
             deletes = [key.split("/", 2)[2] for key in effect.txn.deletes]
             self.note(f"L{leader.engine.epoch} persists {puts} -{deletes}: {result.ok}")
+            self._persist_events(leader, puts, deletes, result.ok)
             self.at(0.0002, lambda: self._persisted(leader, effect.token, result.ok))
+
+    def _persist_events(self, leader: Leader, puts: list[str], deletes: list[str], ok: bool) -> None:
+        if not ok:
+            self.coverage["transaction of a deposed leader refused"] += 1
+        elif "map/000000" in puts and any(key.startswith("windows/") for key in deletes) and len(deletes) == 1:
+            self.coverage["window's bits set"] += 1
+            self.event("bits set")
+        if ok and leader is not self.leader and "leader" in puts:
+            self.coverage["change by a leader that was cut off"] += 1
+        if ok and "transition" in puts and "state" in puts:
+            self.event("committed")
 
     def _persisted(self, leader: Leader, token: int, ok: bool) -> None:
         if leader.alive:
@@ -578,7 +654,7 @@ class World:
             self.pump_leader(leader)
 
     def _copier_flush(self, leader: Leader, effect: DoCopierFlush) -> None:
-        failed = {leg: "flush failed" for leg in effect.legs if not self.disks[leg].flush(leader.opener)}
+        failed = {leg: "flush failed" for leg in effect.legs if not self.disks[leg].flush(leader.opener, leader.opener)}
         self.note(f"copier flush legs {effect.legs} failed {sorted(failed)}")
         if failed:
             self.coverage["copier's flush failed"] += 1
@@ -592,6 +668,7 @@ class World:
         self.note(f"L{leader.engine.epoch} copies {step.extents} {legs}{' urgent' if step.urgent else ''}")
         blocks = [block for start, end in step.extents for block in range(start, end)]
         from_disk, to_disk = self.disks[step.from_leg], self.disks[step.to_leg]
+        opener = leader.opener
         speed = 0.3 if step.urgent else 1.0
         if step.urgent and not self.calm and self.rng.random() < 0.1:
             speed = 60.0  # slower than the hold limit
@@ -604,14 +681,16 @@ class World:
                 self._job_done(leader, effect.job, CopyResult(False, 0, 0, step.from_leg, "read error"))
             else:
                 value = from_disk.cache[blocks[index]]
-                self.at(self.rng.random() * 0.008 * speed, lambda: write(index, value))
+                stall = 0.6 if not self.calm and self.rng.random() < self.profile.copier_stall else 0.0
+                delay = self.rng.random() * (self.profile.copy_s * speed + stall)
+                self.at(delay, lambda: write(index, value))
 
         def write(index: int, value: int) -> None:
             if self.rng.random() < to_disk.fail_write * 0.5:
                 self._job_done(leader, effect.job, CopyResult(False, 0, 0, step.to_leg, "write error"))
                 return
-            to_disk.put(blocks[index], value)
-            self.at(self.rng.random() * 0.004 * speed, lambda: read_next(index + 1))
+            to_disk.put(blocks[index], value, opener)
+            self.at(self.rng.random() * self.profile.copy_s * 0.5 * speed, lambda: read_next(index + 1))
 
         read_next(0)
 
@@ -633,6 +712,7 @@ class World:
             self.leader.alive = False
         self.leader = None
         self.zombies.clear()
+        self.locked.clear()
         for disk in self.disks:
             disk.openers.clear()
             disk.power_loss()

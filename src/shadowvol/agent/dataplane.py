@@ -25,8 +25,6 @@ from shadowvol.nbd.serve import member_argv
 BACKLOG = 128
 RESTART_S = 0.05  # between two starts of a member
 RESTART_LAST_S = 3.0  # it doubles up to this while members die before they say hello
-START_LIMIT_S = 10.0  # for a started member to take its lock
-START_POLL_S = 0.005
 OUTBOX_MAX = 10_000  # frames for a member that does not read; then its link is dropped and it reconnects
 
 _logger = logging.getLogger("shadowvol.agent")
@@ -68,7 +66,6 @@ class DataPlane:
         self._said_hello = False
         self._stopping = False
         self._stopped = trio.Event()
-        self._child: trio.Process | None = None
 
     # ------------------------------------------------------------ life
 
@@ -118,10 +115,6 @@ class DataPlane:
     async def _wait_for_death(self) -> None:
         """Returns with the lock having been ours: no write of that member can still land."""
         await locks.wait_until_free(self._lock_path)
-        if self._child is not None:
-            self._child.kill()  # if it never got as far as the lock
-            await self._child.wait()
-            self._child = None
 
     def _listen(self) -> int:
         """A new listening socket; only when no member lives, so that nobody listens at the old one."""
@@ -136,18 +129,20 @@ class DataPlane:
         return listener.detach()
 
     async def _start(self) -> None:
-        """Returns when the child has the lock (or has ended): waiting for its death means something from then on."""
+        """A new member. When its starter has ended well, the member has its lock, and we wait for its death."""
         assert self._listener is not None
         self._newest = max(self._newest + 1, time.time_ns() // 1_000_000)
-        argv = member_argv(listen_fd=self._listener, lock_path=str(self._lock_path), spec=self._spec(self._newest))
-        self._child = await trio.lowlevel.open_process(
-            argv, stdin=subprocess.DEVNULL, pass_fds=(self._listener,), start_new_session=True, cwd="/"
+        argv = member_argv(
+            listen_fd=self._listener, lock_path=str(self._lock_path), spec=self._spec(self._newest), detach=True
         )
-        self.pid = self._child.pid
         self.proven_dead = False
-        with trio.move_on_after(START_LIMIT_S):
-            while locks.is_free(self._lock_path) and self._child.returncode is None:
-                await trio.sleep(START_POLL_S)
+        started = await trio.run_process(
+            argv, stdin=subprocess.DEVNULL, capture_stdout=True, check=False, pass_fds=(self._listener,), cwd="/"
+        )
+        if started.returncode == 0:
+            self.pid = int(started.stdout)
+        else:
+            _logger.error("%s: the member did not start (exit code %d)", self._volume, started.returncode)
 
     # ------------------------------------------------------------ link
 

@@ -64,8 +64,10 @@ class LiveStatus:
     io: dict[str, Any] = field(default_factory=dict)
 
 
-def status_of(record: VolumeRecord, live: LiveStatus | None, *, host: str | None = None) -> dict[str, Any]:
-    """One object of `status --json`. `host` is this host's name, for when no agent says it."""
+def status_of(
+    record: VolumeRecord, live: LiveStatus | None, *, host: str | None = None, agent_pid: int | None = None
+) -> dict[str, Any]:
+    """One object of `status --json`. `host` (this one) and `agent_pid` are for a volume that is not up here."""
     config, state, region_map = record.config, record.state, record.map
     total = len(region_map)
     both = region_map.count_both()
@@ -86,11 +88,9 @@ def status_of(record: VolumeRecord, live: LiveStatus | None, *, host: str | None
         "bytes_both_ok": _bytes_both_ok(record),
         "copy": _copy(record, live),
         "legs": {name: _leg(record, live, leg) for leg, name in enumerate(LEG_NAMES)},
-        "endpoint": None
-        if live is None or live.nbd_uri is None
-        else {"nbd_uri": live.nbd_uri, "device": live.device},
+        "endpoint": None if live is None or live.nbd_uri is None else {"nbd_uri": live.nbd_uri, "device": live.device},
         "processes": {
-            "agent": live.agent_pid if live else None,
+            "agent": live.agent_pid if live else agent_pid,
             "member": live.member_pid if live else None,
             "transfer": live.transfer_pid if live else None,
         },
@@ -128,7 +128,7 @@ def _copy(record: VolumeRecord, live: LiveStatus | None) -> dict[str, Any]:
         copy_state, reason = live.copy_state, live.copy_reason
     elif shown_phase(record) is Phase.COPYING:
         copy_state = "paused" if state.paused else "idle"
-        reason = "no agent is running"
+        reason = "no agent serves it" if state.up else "the volume is down"
     else:
         copy_state, reason = "idle", None
     return {

@@ -202,10 +202,17 @@ async def read_volume(coordinator: Coordinator, name: str) -> VolumeRecord:
     return record_of(name, await _read(coordinator, Keys(check_name(name)).prefix))
 
 
-async def read_volumes(coordinator: Coordinator) -> dict[str, VolumeRecord]:
-    """All volumes by name, in order of their names. Raises VerbError."""
+async def read_volumes(coordinator: Coordinator) -> tuple[dict[str, VolumeRecord], dict[str, str]]:
+    """All volumes in order of their names; and by name, why a record does not check out. Raises VerbError."""
     entries = await _read(coordinator, VOLUMES)
-    return {name: record_of(name, entries) for name in volume_names(entries)}
+    sound: dict[str, VolumeRecord] = {}
+    damaged: dict[str, str] = {}
+    for name in volume_names(entries):
+        try:
+            sound[name] = record_of(name, entries)
+        except VerbError as error:
+            damaged[name] = error.text
+    return sound, damaged
 
 
 def record_of(name: str, entries: dict[str, Entry]) -> VolumeRecord:
@@ -309,13 +316,9 @@ def _look_at_target(path: str, size_bytes: int, force: bool) -> LegFacts:
         raise VerbError(BAD_INPUT, f"target {path}: does not exist; --provision makes it")
     facts = _look("target", path)
     if facts.size_bytes < size_bytes:
-        raise VerbError(
-            BAD_INPUT, f"target {path} is too small: {facts.size_bytes} bytes, the source has {size_bytes}"
-        )
+        raise VerbError(BAD_INPUT, f"target {path} is too small: {facts.size_bytes} bytes, the source has {size_bytes}")
     if facts.signature is not None and not force:
-        raise VerbError(
-            BAD_INPUT, f"target {path} carries data ({facts.signature}); --force if it may be overwritten"
-        )
+        raise VerbError(BAD_INPUT, f"target {path} carries data ({facts.signature}); --force if it may be overwritten")
     return facts
 
 
@@ -395,7 +398,7 @@ class _Removal:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        if self.path is not None:
+        if self.path is not None and os.path.lexists(self.path):
             os.unlink(self.path)
 
 

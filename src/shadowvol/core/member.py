@@ -187,7 +187,7 @@ class MemberEngine(MemberProtocol):
     def finish_write(
         self, ticket: Ticket, start: int, end: int, failed: list[tuple[int, int, int]], error: str = ""
     ) -> None:
-        """The I/O has ended. `failed`: (leg, start, end) of runs that a leg did not take. Settles now or at the reply."""
+        """The I/O has ended. `failed`: (leg, start, end) of what a leg did not take. Settles now or at the reply."""
         union = 0
         for _, _, legs in ticket.runs:
             union |= legs

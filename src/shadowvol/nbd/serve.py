@@ -4,7 +4,10 @@ The order matters:
 1. The lock is taken before anything else. Who holds it knows that no write of a predecessor can still land; nbdkit
    inherits the descriptor, so that the kernel gives the lock back only when nbdkit itself is gone.
 2. The socket becomes descriptor 3 with LISTEN_FDS and LISTEN_PID, nbdkit's socket activation: it never binds.
-3. exec, so that the process the agent started is nbdkit.
+3. With --detach, a child goes on and its parent exits with 0 after printing the child's pid: nbdkit with socket
+   activation asks the kernel for SIGTERM when the thread that started it ends (PR_SET_PDEATHSIG), and a member must
+   outlive its agent. The lock is held throughout: it belongs to the open file, which the child shares.
+4. exec, so that the process is nbdkit.
 
 Exit codes: 3 the lock is held; 1 something else, one line on stderr. After exec they are nbdkit's.
 """
@@ -31,10 +34,14 @@ _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _CAP_IPC_LOCK = 14
 
 
-def member_argv(*, listen_fd: int, lock_path: str, spec: dict[str, Any], threads: int = THREADS_DEFAULT) -> list[str]:
+def member_argv(
+    *, listen_fd: int, lock_path: str, spec: dict[str, Any], threads: int = THREADS_DEFAULT, detach: bool = False
+) -> list[str]:
     """The command that starts a member. The caller lets `listen_fd` be inherited, and nothing else."""
     command = [sys.executable, "-m", "shadowvol.nbd.serve"]
     options = ["--listen-fd", str(listen_fd), "--lock", lock_path, "--threads", str(threads)]
+    if detach:
+        options.append("--detach")
     return [*command, *options, "--spec", json.dumps(spec, separators=(",", ":"))]
 
 
@@ -83,9 +90,22 @@ def _give_up(reason: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
-def serve(listen_fd: int, lock_path: str, spec: str, threads: int) -> NoReturn:
+def _detach() -> None:
+    """The parent prints the child's pid and ends; the child, in a session of its own, goes on."""
+    child = os.fork()
+    if child:
+        sys.stdout.write(f"{child}\n")
+        sys.stdout.flush()
+        os._exit(0)
+    os.setsid()
+    os.dup2(2, 1)  # the pipe that the pid went through ends here
+
+
+def serve(listen_fd: int, lock_path: str, spec: str, threads: int, detach: bool) -> NoReturn:
     """Becomes nbdkit, or exits."""
     _take_lock(lock_path)
+    if detach:
+        _detach()
     if listen_fd == LISTEN_FD:
         os.set_inheritable(listen_fd, True)
     else:
@@ -104,9 +124,10 @@ def main() -> NoReturn:
     parser.add_argument("--lock", required=True)
     parser.add_argument("--spec", required=True)
     parser.add_argument("--threads", type=int, default=THREADS_DEFAULT)
+    parser.add_argument("--detach", action="store_true")
     options = parser.parse_args()
     try:
-        serve(options.listen_fd, options.lock, options.spec, options.threads)
+        serve(options.listen_fd, options.lock, options.spec, options.threads, options.detach)
     except OSError as error:
         _give_up(f"cannot start the member: {error}")
 

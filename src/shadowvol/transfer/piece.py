@@ -2,7 +2,8 @@
 
 Whether a byte may be copied at all is not asked here: the window protocol guarantees that every write of an application
 since the window opened is recopied. For the same reason a difference at reading back may be an application's mirrored
-write that came in between: such blocks are read again, both sides, before anything is called a failure.
+write that came in between (or that our older data overwrote): such blocks are copied and read back again before
+anything is called a failure.
 """
 
 import errno
@@ -16,7 +17,7 @@ from shadowvol.transfer.legs import Leg, LegError
 from shadowvol.transfer.memory import Buffer, differing_runs, zero_runs
 from shadowvol.transfer.plan import Piece, PieceKind
 
-VERIFY_TRIES = 3  # readings of a differing block after the first
+VERIFY_TRIES = 3  # copies of a differing block after the first
 VERIFY_WAIT_S = 0.01  # grows with each try
 PUNCH_BYTES_MIN = 256 << 10  # a shorter run of zeroes over data is cheaper to write than to punch
 
@@ -133,6 +134,7 @@ class PieceCopier:
                 if halt.wait(VERIFY_WAIT_S * attempt):
                     raise Halted
                 source.pread_into(self._front.view[start:end], piece.offset + start)
+                target.pwrite(self._front.view[start:end], piece.offset + start)
                 target.read_back(self._back.view[start:end], piece.offset + start)
                 if self._front.view[start:end] == self._back.view[start:end]:
                     break

@@ -18,7 +18,12 @@ class RateLimit:
         self._filled_s = now_s
 
     def set_rate(self, rate: int | None, now_s: float) -> None:
-        """Takes effect at once: an old debt is forgotten, so that a new higher rate does not wait for a lower one."""
+        """Takes effect at once: an old debt is forgotten, so that a new higher rate does not wait for a lower one.
+
+        Raises ValueError for a rate that would never let anything begin.
+        """
+        if rate is not None and rate <= 0:
+            raise ValueError("a rate is above 0, or None")
         self.rate = rate
         self._tokens = 0.0
         self._filled_s = now_s

@@ -1,0 +1,168 @@
+"""What every verb needs: the settings in force, the record of truth, the agent. All errors leave as VerbError."""
+
+import os
+import shlex
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import click
+import trio
+
+from shadowvol.agent import client
+from shadowvol.agent.paths import Settings, SettingsError, resolve
+from shadowvol.agent.status import status_of
+from shadowvol.agent.volumes import (
+    BAD_INPUT,
+    FAILED,
+    TIMED_OUT,
+    UNREACHABLE,
+    VerbError,
+    check_name,
+    no_such_volume,
+    read_volume,
+    read_volumes,
+)
+from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable, RecordDamaged
+from shadowvol.clustersync.open import open_coordinator
+from shadowvol.core.records import VolumeRecord
+
+T = TypeVar("T")
+
+VERB_LIMIT_S = 120.0  # a transition's own limits are far below; past this something is wrong with the agent
+STATUS_LIMIT_S = 10.0
+
+
+@dataclass
+class Invocation:
+    """The global options as they were given; what they mean is found out when a verb first needs it."""
+
+    home_flag: str | None
+    state_flag: str | None
+    host_flag: str | None
+
+    @cached_property
+    def settings(self) -> Settings:
+        try:
+            settings = resolve(self.home_flag, self.state_flag, self.host_flag)
+            settings.home.check()
+        except SettingsError as error:
+            raise VerbError(BAD_INPUT, str(error)) from None
+        return settings
+
+    def check_volume_name(self, name: str) -> None:
+        """Whether a volume may be called so, and its socket fits into this home."""
+        check_name(name)
+        try:
+            self.settings.home.check(name)
+        except SettingsError as error:
+            raise VerbError(BAD_INPUT, str(error)) from None
+
+    def prepare(self) -> None:
+        try:
+            self.settings.home.prepare()
+        except SettingsError as error:
+            raise VerbError(BAD_INPUT, str(error)) from None
+
+    def command(self, *words: str) -> str:
+        """A command line for the operator, with the global options of this one."""
+        flags = (("--home", self.home_flag), ("--state", self.state_flag), ("--host", self.host_flag))
+        given = [part for flag, value in flags if value for part in (flag, value)]
+        return shlex.join(["shadowvol", *given, *words])
+
+    # ------------------------------------------------------------ the record of truth
+
+    def on_record(self, work: Callable[[Coordinator], Awaitable[T]]) -> T:
+        """Run `work` on the opened record."""
+        try:
+            coordinator = open_coordinator(self.settings.state_url)
+        except ValueError as error:
+            raise VerbError(BAD_INPUT, str(error)) from None
+        except CoordinatorUnreachable as error:
+            raise VerbError(UNREACHABLE, str(error)) from None
+        except RecordDamaged as error:
+            raise VerbError(FAILED, str(error)) from None
+
+        async def run() -> T:
+            try:
+                return await work(coordinator)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await coordinator.aclose()
+
+        return trio.run(run)
+
+    def _nothing_recorded(self) -> bool:
+        """There is no record yet: looking must not make one."""
+        scheme, _, path = self.settings.state_url.partition(":")
+        if scheme != "sqlite" or not path or os.path.exists(path) or os.path.exists(f"{path}-wal"):
+            return False
+        return os.path.isdir(os.path.dirname(path)) or self.settings.state_url == self.settings.home.state_url
+
+    def records(self) -> dict[str, VolumeRecord]:
+        """All that check out; one that does not is named on stderr and stops no other."""
+        if self._nothing_recorded():
+            return {}
+        sound, damaged = self.on_record(read_volumes)
+        for text in damaged.values():
+            click.echo(f"shadowvol: {text}", err=True)
+        return sound
+
+    def record(self, name: str) -> VolumeRecord:
+        check_name(name)
+        if self._nothing_recorded():
+            raise no_such_volume(name)
+        return self.on_record(lambda coordinator: read_volume(coordinator, name))
+
+    # ------------------------------------------------------------ the agent
+
+    def call(
+        self,
+        verb: str,
+        name: str | None = None,
+        options: dict[str, Any] | None = None,
+        timeout_s: float = VERB_LIMIT_S,
+    ) -> client.Result:
+        """The agent's answer, if it is a good one."""
+        try:
+            result = client.call(self.settings.home, verb, name, options, timeout_s)
+        except client.AgentNotRunning:
+            raise self.no_agent(name) from None
+        except client.AgentFailed as error:
+            raise VerbError(TIMED_OUT if error.timed_out else FAILED, str(error)) from None
+        if result.code:
+            raise VerbError(result.code, result.text or f"{verb} failed")
+        return result
+
+    def no_agent(self, name: str | None) -> VerbError:
+        up = self.command("up", name) if name else self.command("up")
+        return VerbError(FAILED, f"no agent is running on this host; start it: {up} (or: {self.command('agent')})")
+
+    def status(self, name: str) -> tuple[dict[str, Any], bool]:
+        """Status of one volume, and whether an agent told it."""
+        record = self.record(name)
+        try:
+            answer = client.call(self.settings.home, "status", name, timeout_s=STATUS_LIMIT_S)
+        except client.AgentNotRunning:
+            return status_of(record, None, host=self.settings.host), False
+        except client.AgentFailed as error:
+            raise VerbError(TIMED_OUT if error.timed_out else FAILED, str(error)) from None
+        if answer.code:
+            raise VerbError(answer.code, answer.text)
+        return answer.data, True
+
+    def statuses(self) -> tuple[list[dict[str, Any]], bool]:
+        """Status of all volumes, by name."""
+        try:
+            answer = client.call(self.settings.home, "status", None, timeout_s=STATUS_LIMIT_S)
+        except client.AgentNotRunning:
+            return [status_of(record, None, host=self.settings.host) for record in self.records().values()], False
+        except client.AgentFailed as error:
+            raise VerbError(TIMED_OUT if error.timed_out else FAILED, str(error)) from None
+        if answer.code:
+            raise VerbError(answer.code, answer.text)
+        return answer.data, True
+
+
+pass_invocation = click.make_pass_decorator(Invocation)

@@ -1,0 +1,135 @@
+"""Verbs about a volume's being: create, up, down, agent, delete."""
+
+from functools import partial
+
+import click
+
+from shadowvol.agent import client
+from shadowvol.agent.daemon import run_agent
+from shadowvol.agent.volumes import FAILED, VerbError, create_volume, delete_volume
+from shadowvol.cli.invocation import Invocation, pass_invocation
+from shadowvol.cli.units import DURATION, SIZE, format_bytes
+
+
+@click.command()
+@click.argument("name")
+@click.option("--source", required=True, metavar="LEG", help="The storage in use now: a file or block device.")
+@click.option("--target", required=True, metavar="LEG", help="The new storage, at least as large.")
+@click.option("--kind", type=click.Choice(["block", "tree"]), default="block", show_default=True)
+@click.option("--region-size", type=SIZE, metavar="SIZE", help="Unit of the map; a power of two.  [default: 1MiB]")
+@click.option("--provision", is_flag=True, help="Make the target: a sparse file of the source's size.")
+@click.option("--verify-copy", is_flag=True, help="Read back and compare what was copied.")
+@click.option("--leg-timeout", type=DURATION, metavar="TIME", help="For legs on a network; files and disks have none.")
+@click.option("--force", is_flag=True, help="Take a target that carries a file system, LVM or RAID signature.")
+@pass_invocation
+def create(
+    invocation: Invocation,
+    name: str,
+    source: str,
+    target: str,
+    kind: str,
+    region_size: int | None,
+    provision: bool,
+    verify_copy: bool,
+    leg_timeout: float | None,
+    force: bool,
+) -> None:
+    """Record a new volume; nothing is copied yet."""
+    invocation.check_volume_name(name)
+    invocation.prepare()
+    work = partial(
+        create_volume,
+        name=name,
+        source=source,
+        target=target,
+        kind=kind,
+        region_size=region_size,
+        provision=provision,
+        verify_copy=verify_copy,
+        force=force,
+    )
+    config = invocation.on_record(work)
+    click.echo(
+        f"created volume {name}: {format_bytes(config.size_bytes)}, {config.source.uri} -> {config.target.uri}; "
+        f"next: {invocation.command('up', name)}"
+    )
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME…]")
+@pass_invocation
+def up(invocation: Invocation, names: tuple[str, ...]) -> None:
+    """Open volumes on this host (default: all). Prints an NBD URI for each when it serves."""
+    wanted = _chosen(invocation, names)
+    if not wanted:
+        click.echo(f"no volume is recorded; make one: {invocation.command('create')} …", err=True)
+        return
+    for name in wanted:
+        invocation.check_volume_name(name)
+    invocation.prepare()
+    settings = invocation.settings
+    try:
+        client.ensure_agent(settings.home, settings.state_url, settings.host)
+    except client.AgentFailed as error:
+        raise VerbError(FAILED, str(error)) from None
+    first_error: VerbError | None = None
+    for name in wanted:
+        try:
+            result = invocation.call("up", name)
+        except VerbError as error:
+            first_error = first_error or error
+            continue
+        told = result.data.get("nbd_uri") if isinstance(result.data, dict) else None
+        click.echo(told or settings.home.nbd_uri(name))
+    if first_error is not None:
+        raise first_error
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME…]")
+@click.option("--force", is_flag=True, help="Also with clients connected.")
+@pass_invocation
+def down(invocation: Invocation, names: tuple[str, ...], force: bool) -> None:
+    """Drain and close volumes on this host (default: all that are up)."""
+    wanted = _chosen(invocation, names)
+    if not names:
+        wanted = [name for name in wanted if invocation.record(name).state.up]
+    first_error: VerbError | None = None
+    for name in wanted:
+        try:
+            invocation.call("down", name, {"force": force})
+        except VerbError as error:
+            first_error = first_error or error
+    if first_error is not None:
+        raise first_error
+
+
+def _chosen(invocation: Invocation, names: tuple[str, ...]) -> list[str]:
+    """Volumes that all exist, each once."""
+    for name in names:
+        invocation.record(name)
+    return list(dict.fromkeys(names)) or list(invocation.records())
+
+
+@click.command()
+@pass_invocation
+def agent(invocation: Invocation) -> int:
+    """Be the agent of this host, in the foreground."""
+    invocation.prepare()
+    settings = invocation.settings
+    return run_agent(settings.home, settings.state_url, settings.host)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Bring it down first, also with clients connected.")
+@pass_invocation
+def delete(invocation: Invocation, name: str, force: bool) -> None:
+    """Forget a volume. The data on its legs stays."""
+    record = invocation.record(name)
+    if force and record.state.up and record.state.phase in ("setup", "committed"):
+        invocation.call("down", name, {"force": True})
+    invocation.on_record(lambda coordinator: delete_volume(coordinator, name, force))
+
+
+VERBS: tuple[click.Command, ...] = (create, up, down, agent, delete)

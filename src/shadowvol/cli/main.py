@@ -1,0 +1,71 @@
+"""The command `shadowvol`: global options, the verbs, and how every run ends (DESIGN 12).
+
+Exit codes 0 to 6, never another; an error is one or two lines on stderr that begin with "shadowvol: "; never a
+traceback, unless SHADOWVOL_DEBUG is set.
+"""
+
+import os
+import sys
+import traceback
+
+import click
+
+from shadowvol import __version__
+from shadowvol.agent.volumes import BAD_INPUT, FAILED, VerbError
+from shadowvol.cli import doctor, lifecycle, status, transitions
+from shadowvol.cli.invocation import Invocation
+
+ERROR_LINES_MAX = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, no_args_is_help=False)
+@click.option("--home", metavar="DIR", help="Where this host's agent lives (SHADOWVOL_HOME).")
+@click.option("--state", metavar="URL", help="The record of truth: sqlite:PATH (SHADOWVOL_STATE).")
+@click.option("--host", metavar="NAME", help="The name of this host (SHADOWVOL_HOST).")
+@click.version_option(__version__, prog_name="shadowvol")
+@click.pass_context
+def cli(context: click.Context, home: str | None, state: str | None, host: str | None) -> None:
+    """Moves a volume to new storage while applications use it.
+
+    create, up, start; wait --for synced; cutover; then commit, or undo.
+    """
+    context.obj = Invocation(home, state, host)
+
+
+for _verb in (*lifecycle.VERBS, *transitions.VERBS, *status.VERBS, *doctor.VERBS):
+    cli.add_command(_verb)
+
+
+def complain(text: str) -> None:
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()] or ["failed"]
+    for line in lines[:ERROR_LINES_MAX]:
+        sys.stderr.write(f"shadowvol: {line}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    try:
+        code = cli.main(args=arguments, prog_name="shadowvol", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except VerbError as error:
+        complain(error.text)
+        return error.code
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx is not None else "shadowvol"
+        complain(f"{error.format_message()}\ntry: {path} --help")
+        return BAD_INPUT
+    except click.ClickException as error:
+        complain(error.format_message())
+        return BAD_INPUT
+    except (click.Abort, KeyboardInterrupt):
+        complain("interrupted")
+        return FAILED
+    except BrokenPipeError:  # as in `shadowvol status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if os.environ.get("SHADOWVOL_DEBUG"):
+            traceback.print_exc()
+        complain(f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (SHADOWVOL_DEBUG=1 shows where)")
+        return FAILED

@@ -1,0 +1,109 @@
+"""For each † rule the profile in which its omission shows soon: the race that the rule exists for, made likely.
+
+All else that may go wrong is left out of a hunt, so that a violation is the omission's, and few seeds are needed.
+"""
+
+from dataclasses import dataclass, replace
+
+from tests.sim.world import Profile
+
+STILL = Profile(
+    regions=4,
+    duration_s=2.0,
+    think_s=0.005,
+    lose=0.0,
+    repeat=0.0,
+    slow_message=0.0,
+    commands=0.0,
+    member_kill=0.0,
+    leader_kill=0.0,
+    power_loss=0.0,
+    leg_faults=0.0,
+    copier_kill=0.0,
+    member_pause=0.0,
+    quiet=0.0,
+    whole_writes=0.0,
+    slow_persist=0.0,
+    copier_stall=0.0,
+    trouble_at=(),
+    verbs=("start",),
+)
+# Copying again and again, slowly, under writes to the same blocks.
+COPYING = replace(STILL, commands=5.0, verbs=("abort", "start"), copy_s=0.03, clients=3, read_share=0.2, flush_share=0.02)
+COPYING_2 = replace(COPYING, hosts=2, clients=2)
+# Both legs ok, writes to both; members die, and the last writes are not overwritten.
+MIRRORED = replace(STILL, quiet=2.0, think_s=0.05, flush_share=0.02, read_share=0.2, duration_s=2.5)
+# Power goes when it hurts.
+POWER = replace(STILL, flush_share=0.3, read_share=0.1, shared_cache=0.0)
+# Reads move between the legs while both are written slowly.
+SWITCHING = replace(
+    STILL, hosts=2, clients=3, commands=8.0, verbs=("cutover", "undo"), io_s=0.05, message_s=0.05, read_share=0.6,
+    span_blocks=3, regions=2,
+)  # fmt: skip
+FAULTS = replace(STILL, leg_faults=5.0, flush_faults=0.0, clients=3, span_blocks=4)
+FLUSHES = replace(STILL, leg_faults=4.0, flush_faults=1.0, flush_share=0.3, read_share=0.1, power_loss=1.0)
+LEADERS = replace(COPYING, leader_kill=2.0, zombie=0.8, copier_stall=0.1, commands=1.0)
+COMMITS = replace(
+    STILL, commands=10.0, verbs=("cutover", "commit", "undo", "start"), duration_s=4.0, member_kill=0.0
+)
+
+
+@dataclass(frozen=True)
+class Hunt:
+    """`seeds`: how many at most until the omission is found (about three times what was needed)."""
+
+    profile: Profile
+    seeds: int = 200
+
+
+HUNTS: dict[str, Hunt] = {
+    "last-ok-leg": Hunt(FAULTS),
+    "fault-before-ack": Hunt(replace(FAULTS, slow_message=0.3)),
+    "flush-failure-clears": Hunt(FLUSHES),
+    "flush-set-when-failed": Hunt(FLUSHES),
+    "flush-counts-inflight": Hunt(replace(POWER, trouble_at=(("flush answered", "power", 0.05),), io_s=0.03, clients=4)),
+    "new-member-all-dirty": Hunt(
+        replace(POWER, member_kill=2.0, trouble_at=(("flush answered", "power", 0.05),), start_at_once=False, clients=1)
+    ),
+    "log-before-mirrored": Hunt(replace(MIRRORED, member_kill=1.0)),
+    "unlog-only-clean": Hunt(replace(MIRRORED, io_s=0.2, trouble_at=(("zones unlogged", "power", 0.5),))),
+    "unlog-own-set-first": Hunt(
+        replace(MIRRORED, log_s=0.4, trouble_at=(("zones unlogged", "kill member", 0.5),), trouble_s=0.2, quiet=0.0, think_s=0.6)
+    ),
+    "unlog-not-unsettled": Hunt(
+        replace(MIRRORED, leg_faults=4.0, flush_faults=0.0, slow_message=0.6, quiet=1.0, trouble_at=(("zones unlogged", "power", 0.5),))
+    ),
+    "open-drains": Hunt(replace(COPYING, io_s=0.5, copy_s=0.004)),
+    "open-all-members": Hunt(replace(COPYING_2, message_s=0.15, copy_s=0.15)),
+    "open-repeat-keeps": Hunt(replace(COPYING, repeat=1.0, message_s=0.2)),
+    "touched-keeps-inflight": Hunt(replace(COPYING, io_s=0.2, copy_s=0.03)),
+    "hold-drains": Hunt(replace(COPYING, io_s=0.1)),
+    "hold-union": Hunt(COPYING_2),
+    "recopy-touched": Hunt(COPYING),
+    "hold-limit-tells": Hunt(COPYING),
+    "flush-both-legs": Hunt(replace(POWER, flush_share=0.0, trouble_at=(("bits set", "power", 0.5),), trouble_s=0.02)),
+    "flush-copier": Hunt(replace(POWER, flush_share=0.0, trouble_at=(("bits set", "power", 0.5),), trouble_s=0.02)),
+    "flush-members": Hunt(replace(POWER, flush_share=0.0, trouble_at=(("bits set", "power", 0.5),), trouble_s=0.02)),
+    "flush-copier-session": Hunt(replace(POWER, copier_kill=5.0, trouble_at=(("bits set", "power", 0.5),), trouble_s=0.02)),
+    "window-record-compare": Hunt(replace(COPYING, member_kill=2.0)),
+    "epoch-compare": Hunt(replace(LEADERS, slow_persist=0.3)),
+    "done-holds": Hunt(replace(SWITCHING, verbs=("abort", "start", "cutover", "cutover"))),
+    "failed-write-voids": Hunt(replace(FAULTS, copy_s=0.03)),
+    "failed-write-ends-window": Hunt(replace(FAULTS, slow_message=0.3)),
+    "unsettled-fault-refuses-open": Hunt(replace(FAULTS, slow_message=0.3)),
+    "flush-error-owed": Hunt(FLUSHES),
+    "crash-voids": Hunt(replace(COPYING, member_kill=2.0)),
+    "recovery-clears": Hunt(replace(MIRRORED, member_kill=1.0)),
+    "recovery-only-both": Hunt(replace(COPYING, member_kill=2.0, verbs=("cutover", "undo"))),
+    "recovery-same-txn": Hunt(replace(MIRRORED, member_kill=1.5, leader_kill=1.5, persist_s=0.3)),
+    "switch-holds": Hunt(SWITCHING),
+    "switch-set-then-release": Hunt(SWITCHING),
+    "clear-holds-reads": Hunt(replace(FAULTS, hosts=2, message_s=0.1, read_share=0.6)),
+    "void-waits-for-copier": Hunt(replace(COPYING, copier_stall=0.3, member_kill=1.0)),
+    "quarantine": Hunt(LEADERS),
+    "undo-zone-clear": Hunt(COMMITS),
+    "fresh-dropped": Hunt(replace(FAULTS, whole_writes=0.7, copy_s=0.05)),
+    "fresh-one-member": Hunt(replace(COPYING_2, whole_writes=0.5)),
+    "join-state-after-register": Hunt(replace(LEADERS, hosts=2, member_kill=3.0, leader_kill=3.0, persist_s=0.1, announce_s=0.4)),
+    "done-before-clear": Hunt(replace(FAULTS, hosts=2, copy_s=0.03)),
+}

@@ -1,0 +1,24 @@
+"""A file whose every read and write goes to an nbdkit server (through nbdfuse): a medium with faults on order."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.poll import wait_for
+
+
+@contextmanager
+def nbd_file(directory: Path, *nbdkit_arguments: str) -> Iterator[Path]:
+    """Yield the path of the file, which exists below `directory` while the context lasts."""
+    mount_point = directory / "nbd"
+    mount_point.mkdir()
+    file = mount_point / "file"
+    command = ["nbdfuse", str(file), "--command", "nbdkit", "-s", "--exit-with-parent", *nbdkit_arguments]
+    server = subprocess.Popen(command)
+    try:
+        wait_for(lambda: server.poll() is not None or file.exists(), 30, "nbdfuse shows its file")
+        yield file
+    finally:
+        subprocess.run(["fusermount3", "-u", str(mount_point)], check=True)
+        server.wait(30)
