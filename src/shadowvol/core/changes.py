@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from shadowvol.core.geometry import Run, merge_runs
 from shadowvol.core.legs import BOTH_OK, SOURCE, TARGET, Phase, other
-from shadowvol.core.messages import ClearUndo, Fault, Freeze, LegLost, Reply, SetState, Thaw
+from shadowvol.core.messages import ClearUndo, Drop, Fault, Freeze, LegLost, Reply, SetState, Thaw
 from shadowvol.core.records import encode_member
 from shadowvol.core.regionmap import RegionMap
 from shadowvol.core.steps import AskAll, Persist, SendTo, Steps, WaitFor
@@ -126,6 +126,8 @@ def _recover(leader: "LeaderEngine", changed: RegionMap, runs: list[Run]) -> Non
 def end_quarantine(leader: "LeaderEngine") -> Steps:
     """Old copiers have stopped: their windows' records go, and their regions may be copied again."""
     numbers = list(leader.quarantine)
+    for number in numbers:
+        yield AskAll(Drop(number, leader.quarantine[number]), "x")
     yield Persist(lambda: leader.txn(deletes=tuple(leader.keys.window(number) for number in numbers)))
     for number in numbers:
         leader.quarantine.pop(number, None)

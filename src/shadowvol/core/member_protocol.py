@@ -120,6 +120,8 @@ class MemberProtocol(MemberFlush):
             self._obey_open(request, body)
         elif isinstance(body, Drop):
             self._close_window(body.window)
+            if "drop-ends-fresh" not in self.omit:
+                self._unmark_fresh(body.runs)
             self._answer(request, {})
         elif body.window not in self.windows:
             self._answer(request, {"no": "window is not open here"})

@@ -6,7 +6,7 @@ seq once, repeats its answer when the request is repeated, and ignores what is o
 overtaken messages are harmless. A member's Ask is repeated by the member until it is replied to.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from shadowvol.core.geometry import Run
@@ -93,9 +93,12 @@ class ReleaseBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """The window has ended without its bits: forget it."""
+    """The window (`runs`) has ended without its bits and its copier writes no more: forget it, and fresh marks there.
+
+    Also for a window that the member never knew: fresh marks made while its copier could still write prove nothing."""
 
     window: int
+    runs: Runs = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from shadowvol.core.legs import LEG_NAMES, S_OK, SOURCE, TARGET, Phase
 from shadowvol.core.messages import Freeze, Prepare, SetState, Thaw
 from shadowvol.core.records import VolumeState, dumps
 from shadowvol.core.regionmap import RegionMap
-from shadowvol.core.steps import AskAll, Command, Persist, Steps
+from shadowvol.core.steps import AskAll, Command, Persist, Steps, WaitFor
 from shadowvol.core.txn import Compare, Holds, Txn
 
 if TYPE_CHECKING:
@@ -242,8 +242,9 @@ def transition(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> St
     yield Persist(lambda: leader.txn(state=leader.state, deletes=(leader.keys.transition,)))
     leader.transition = None
 
-    # 5. RELEASE.
+    # 5. RELEASE. A verb that lets a leg go returns when the copier writes to it no more.
     yield AskAll(Thaw(), "x")
+    yield WaitFor(lambda: not any(window.task and window.task.job for window in void))
     if verb in ("cutover", "undo"):
         pause_ms = round((leader.now_s - leader.freeze_began_s) * 1000, 3)
         leader.state = leader.change_state(last_switch_pause_ms=pause_ms)

@@ -320,7 +320,7 @@ def _fail(leader: "LeaderEngine", window: Window, reason: str, leg: int | None) 
         key = leader.keys.window(window.id)
         yield Persist(lambda: leader.txn(deletes=(key,)) if window.recorded and not window.void_reason else None)
         window.recorded = False
-    yield AskAll(Drop(window.id), window.subject)
+    yield AskAll(Drop(window.id, window.runs), window.subject)
     if leg is not None:
         leader.leg_failed(leg, reason)
     leader.backoff.failed(leader.now_s, reason)
