@@ -1,15 +1,20 @@
 """The real console script in a home of its own, and files to be legs."""
 
+import io
 import json
 import os
+import sqlite3
 import subprocess
 import sysconfig
 from collections.abc import Callable
+from contextlib import chdir, closing, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from shadowvol.cli.main import main
 
 COMMAND = str(Path(sysconfig.get_path("scripts")) / "shadowvol")
 MIB = 1 << 20
@@ -47,6 +52,20 @@ class Shell:
             command, cwd=self.folder, env=clean, capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False
         )
         return Ended(done.returncode, done.stdout, done.stderr)
+
+    def inside(self, *arguments: str | Path) -> Ended:
+        """The same in this process, for tests that ask for many refusals."""
+        out, err = io.StringIO(), io.StringIO()
+        with chdir(self.folder), redirect_stdout(out), redirect_stderr(err):
+            code = main(["--home", str(self.home), *map(str, arguments)])
+        return Ended(code, out.getvalue(), err.getvalue())
+
+    def recorded(self) -> list[str]:
+        """Keys of all volumes in the record, read without our own code."""
+        if not (self.home / "state.sqlite").exists():
+            return []
+        with closing(sqlite3.connect(self.home / "state.sqlite")) as connection:
+            return [key for (key,) in connection.execute("SELECT key FROM kv ORDER BY key")]
 
     def good(self, *arguments: str | Path) -> str:
         ended = self(*arguments)

@@ -2,14 +2,17 @@
 
 import json
 import os
+import pty
+import signal
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from shadowvol import __version__
-from tests.cli.conftest import MIB, Shell
+from tests.cli.conftest import COMMAND, MIB, Shell
 
 Leg = Callable[..., Path]
 
@@ -40,11 +43,16 @@ AGENT_VERBS = [
 ]
 
 
-@pytest.fixture
-def volume(shadowvol: Shell, leg: Leg) -> Shell:
-    """A home with the volume v."""
-    shadowvol.good("create", "v", "--source", leg("a"), "--target", leg("b"))
-    return shadowvol
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """A home with the volume v, shared: no test here changes it."""
+    folder = tmp_path_factory.mktemp("volume")
+    for name in ("a", "b"):
+        with (folder / name).open("xb") as file:
+            file.truncate(8 * MIB)
+    shell = Shell(folder, folder / "home")
+    shell.good("create", "v", "--source", "a", "--target", "b")
+    return shell
 
 
 def test_status_without_an_agent_has_every_field(volume: Shell) -> None:
@@ -75,15 +83,14 @@ def test_looking_at_a_home_that_is_not_there_makes_none(shadowvol: Shell) -> Non
 
 
 @pytest.mark.parametrize("words", [*AGENT_VERBS, ["up", "v"], ["delete", "v"], ["wait", "v", "--for", "synced"]])
-def test_an_unknown_volume_is_4_and_a_bad_name_2(shadowvol: Shell, leg: Leg, words: list[str]) -> None:
-    shadowvol.good("create", "other", "--source", leg("a"), "--target", leg("b"))
-    shadowvol(*words).refused(4, "no volume v")
-    shadowvol(*["Bad" if word == "v" else word for word in words]).refused(2, "'Bad' is not a volume name")
+def test_an_unknown_volume_is_4_and_a_bad_name_2(volume: Shell, words: list[str]) -> None:
+    volume.inside(*["other" if word == "v" else word for word in words]).refused(4, "no volume other")
+    volume.inside(*["Bad" if word == "v" else word for word in words]).refused(2, "'Bad' is not a volume name")
 
 
 @pytest.mark.parametrize("words", AGENT_VERBS)
 def test_without_an_agent_a_verb_says_how_to_start_it(volume: Shell, words: list[str]) -> None:
-    volume(*words).refused(1, "shadowvol up v", "shadowvol agent")
+    volume.inside(*words).refused(1, " up v", " agent")
     assert volume.status("v")["phase"] == "setup"
 
 
@@ -111,20 +118,29 @@ def test_without_an_agent_a_verb_says_how_to_start_it(volume: Shell, words: list
     ],
 )
 def test_bad_usage_is_2(volume: Shell, words: list[str]) -> None:
-    volume(*words).refused(2)
+    volume.inside(*words).refused(2)
+
+
+def test_the_console_script_ends_with_the_same_codes(volume: Shell) -> None:
+    """What the other tests see inside this process is what a shell sees."""
+    volume("start", "v").refused(1, "shadowvol up v (or: shadowvol agent)")
+    volume().refused(2, "Missing command")
+    volume("start", "other").refused(4, "no volume other")
+    volume("--state", f"sqlite:{volume.folder}/no/place", "status").refused(6)
+    volume("delete", "v", environment={"SHADOWVOL_HOST": "a/b"}).refused(2, "not a host name")
 
 
 @pytest.mark.parametrize("verb", ["verify", "attach", "mount", "members", "fence", "report"])
 def test_verbs_of_later_versions_are_not_there(shadowvol: Shell, verb: str) -> None:
-    shadowvol(verb, "v").refused(2, f"No such command '{verb}'")
-    assert f"\n  {verb} " not in shadowvol.good("--help")
+    shadowvol.inside(verb, "v").refused(2, f"No such command '{verb}'")
+    assert f"\n  {verb} " not in shadowvol.inside("--help").out
 
 
 def test_an_unreachable_record_is_6(volume: Shell) -> None:
     gone = f"sqlite:{volume.folder}/no/such/place.sqlite"
     for words in (["status"], ["start", "v"], ["delete", "v"], ["up"]):
-        volume("--state", gone, *words).refused(6)
-    volume("--state", gone, "create", "w", "--source", "a", "--target", "b").refused(6)
+        volume.inside("--state", gone, *words).refused(6)
+    volume.inside("--state", gone, "create", "w", "--source", "a", "--target", "b").refused(6)
 
 
 def test_a_foreign_record_is_1(volume: Shell) -> None:
@@ -135,11 +151,13 @@ def test_a_foreign_record_is_1(volume: Shell) -> None:
     volume("--state", f"sqlite:{foreign}", "status").refused(1, "not a record of shadowvol")
 
 
-def test_delete_forgets_the_volume_and_leaves_the_legs(volume: Shell) -> None:
-    volume.good("delete", "v")
-    assert volume.names() == []
-    assert (volume.folder / "a").stat().st_size == (volume.folder / "b").stat().st_size == 8 * MIB
-    volume("delete", "v").refused(4)
+def test_delete_forgets_the_volume_and_leaves_the_legs(shadowvol: Shell, leg: Leg) -> None:
+    source, target = leg("a"), leg("b")
+    shadowvol.good("create", "v", "--source", source, "--target", target)
+    shadowvol.good("delete", "v")
+    assert shadowvol.names() == []
+    assert source.stat().st_size == target.stat().st_size == 8 * MIB
+    shadowvol("delete", "v").refused(4)
 
 
 def test_waiting_for_what_is_already_so_needs_no_agent(volume: Shell) -> None:
@@ -156,8 +174,9 @@ def test_up_without_any_volume_does_nothing(shadowvol: Shell) -> None:
 
 def test_version_and_help(shadowvol: Shell) -> None:
     assert __version__ in shadowvol.good("--version")
+    overview = shadowvol.good("--help")
     for verb in ("create", "up", "start", "cutover", "undo", "commit", "wait", "status", "doctor", "agent"):
-        assert f"\n  {verb} " in shadowvol.good("--help")
+        assert f"\n  {verb} " in overview
     assert "--keep-undo" in shadowvol.good("commit", "--help")
 
 
@@ -182,3 +201,18 @@ def test_flags_come_before_the_environment(shadowvol: Shell, leg: Leg) -> None:
     assert json.loads(ended.out)["host"] == "one"
     url = f"sqlite:{os.path.relpath(other / 'state.sqlite', shadowvol.folder)}"
     assert shadowvol("--state", url, "--host", "two", "status", "v").code == 0
+
+
+def test_the_live_view_ends_with_0_on_interrupt(volume: Shell) -> None:
+    """On a terminal, as a user sees it; Ctrl-C once the table is there."""
+    ours, theirs = pty.openpty()
+    environment = dict(os.environ, SHADOWVOL_HOME=str(volume.home), TERM="xterm")
+    process = subprocess.Popen([COMMAND, "status", "--watch"], stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    with os.fdopen(ours, "rb", buffering=0) as screen:
+        seen = b""
+        while b"setup" not in seen:
+            seen += screen.read(1 << 16)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+    assert b"Traceback" not in seen

@@ -294,6 +294,21 @@ def test_holes_of_files_are_seen(tmp_path: Path) -> None:
         endpoint.close()
 
 
+def test_a_file_that_got_shorter_is_an_error_not_a_hole(tmp_path: Path) -> None:
+    """What was cut off must not be taken for zeroes."""
+    file = tmp_path / "cut"
+    file.write_bytes(os.urandom(4 * MIB))
+    endpoint = open_local(str(file), cache="host", writable=True, claim=False)
+    try:
+        os.truncate(file, 2 * MIB + 100)
+        assert endpoint.extents(0, MIB)[0].hole is False
+        with pytest.raises(OSError) as caught:
+            endpoint.extents(MIB, 3 * MIB)
+        assert caught.value.errno == errno.EIO
+    finally:
+        endpoint.close()
+
+
 # --- claims, access, fall-backs --------------------------------------------------------------------------------------
 
 

@@ -21,12 +21,12 @@ from shadowvol.link.framing import (
     Decoder,
     Frame,
     FramingError,
-    TrioLink,
     close_all,
     encode,
     receive_frame,
     send_frame,
 )
+from shadowvol.link.triolink import TrioLink
 
 DEADLINE_S = 20
 

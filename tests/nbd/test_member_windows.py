@@ -143,7 +143,7 @@ def test_a_dropped_window_is_forgotten(copying: NbdMember, legs: tuple[Path, Pat
     leader = copying.leader
     client = copying.client()
     leader.request("w1", Open(1, [(4, 5)], 0, 1))
-    assert leader.request("w1", Drop(1)) == {}
+    assert leader.request("w1", Drop(1, [(4, 5)])) == {}
     client.write(b"s" * 4096, 4 * MIB)
     assert legs[1].stat().st_blocks == 0
     client.close()

@@ -6,8 +6,8 @@ was written before may be lost at a power loss although later flushes succeed, a
 (as Linux tells each open file); a power loss keeps, per block, the flushed value or any later one.
 
 Two kinds, by `shared`. Shared: all openers have one cache (a local file or disk), so anyone's flush makes all of it
-durable and a failed one loses all. Private: each cache owner has its own (an NBD server without multi-conn, hosts
-with caches of their own): a flush covers its owner's writes only. A host's next member owns what the last one wrote; what
+durable and a failed one loses all. Private: each cache owner has its own (an NBD server without multi-conn, hosts with
+caches of their own): a flush covers its owner's writes only. A host's next member owns what the last one wrote; what
 a dead copier wrote is nobody's any more.
 """
 

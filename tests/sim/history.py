@@ -9,18 +9,21 @@ A power loss ends an era. What survives it is one of the values that no flushed,
 the first read of the next era tells which, and then it is a value like any other.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 NEVER = float("inf")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class WriteOp:
     value: int
     host: str
     start: float
     end: float = NEVER  # NEVER: not acknowledged (or answered with an error)
+    durable: bool = False  # a flush that began after its end was acknowledged
+    doubtful: bool = False  # a flush answered with an error may have lost it
 
 
 @dataclass(slots=True)
@@ -30,8 +33,6 @@ class BlockHistory:
     initial: set[int]
     writes: list[WriteOp] = field(default_factory=list)
     reads: list[tuple[int, float, float]] = field(default_factory=list)  # value, start, end
-    durable_writes: list[WriteOp] = field(default_factory=list)
-    doubtful: list[WriteOp] = field(default_factory=list)
 
 
 class History:
@@ -41,20 +42,32 @@ class History:
         self.blocks = [BlockHistory({0}) for _ in range(block_count)]
         self.problems: list[str] = []
         self.era_start = 0.0
+        self._unflushed: dict[str, list[WriteOp]] = {}  # host -> its writes that are neither durable nor doubtful
+
+    def wrote(self, block: int, write: WriteOp) -> None:
+        """A write has begun; who made it sets `end` when it is acknowledged."""
+        self.blocks[block].writes.append(write)
+        self._unflushed.setdefault(write.host, []).append(write)
 
     def flushed(self, host: str, began: float) -> None:
         """A flush on `host` that began at `began` was acknowledged: its host's writes before are durable."""
-        for block in self.blocks:
-            for write in block.writes:
-                if write.host != host or write.end > began or write in block.doubtful:
-                    continue
-                if write not in block.durable_writes:
-                    block.durable_writes.append(write)
+        left = []
+        for write in self._unflushed.get(host, []):
+            if write.end <= began:
+                write.durable = True
+            else:
+                left.append(write)
+        self._unflushed[host] = left
 
     def flush_failed(self, host: str) -> None:
         """The application was told: of its host's writes so far nothing is certain any more, as on any disk."""
-        for block in self.blocks:
-            block.doubtful += [write for write in block.writes if write.host == host and write.end < NEVER]
+        left = []
+        for write in self._unflushed.get(host, []):
+            if write.end < NEVER:
+                write.doubtful = True
+            else:
+                left.append(write)
+        self._unflushed[host] = left
 
     def judge(self) -> None:
         for number, block in enumerate(self.blocks):
@@ -68,14 +81,11 @@ class History:
             known = self._initial_seen(block)
             candidates = [WriteOp(value, "", -1.0, -0.5) for value in ({known} if known is not None else block.initial)]
             candidates += block.writes
-            for write in candidates:
-                replaced = any(
-                    write.end < later.start and (later in block.durable_writes) for later in block.writes
-                )
-                if not replaced:
-                    survivors.add(write.value)
+            kept_from = max((write.start for write in block.writes if write.durable), default=-NEVER)
+            survivors.update(write.value for write in candidates if not write.end < kept_from)
             block.initial = survivors
-            block.writes, block.reads, block.durable_writes, block.doubtful = [], [], [], []
+            block.writes, block.reads = [], []
+        self._unflushed.clear()
         self.era_start = now
 
     def _initial_seen(self, block: BlockHistory) -> int | None:
@@ -114,11 +124,14 @@ class History:
                 self.problems.append(
                     f"block {number}: values {value} and {following} alternate: a read went back or a write was lost"
                 )
+        lows = [low for low, _, _ in forward]
         for value, zone in clusters.items():
-            if zone[0] >= zone[1]:  # backward: [latest start, earliest end]
-                for low, high, other in forward:
-                    if low < zone[1] and zone[0] < high:
-                        self.problems.append(
-                            f"block {number}: value {value} (all within {zone[1]:.4f}-{zone[0]:.4f}) never appeared "
-                            f"between reads of {other} ({low:.4f}-{high:.4f}): a write was lost or a read went back"
-                        )
+            before = bisect_left(lows, zone[1]) - 1  # forward zones do not overlap: only the last begun can contain it
+            if zone[0] < zone[1] or before < 0:
+                continue
+            low, high, other = forward[before]
+            if zone[0] < high:
+                self.problems.append(
+                    f"block {number}: value {value} (all within {zone[1]:.4f}-{zone[0]:.4f}) never appeared "
+                    f"between reads of {other} ({low:.4f}-{high:.4f}): a write was lost or a read went back"
+                )

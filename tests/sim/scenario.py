@@ -48,6 +48,8 @@ class Client:
             self.flush(member)
         elif roll < world.profile.flush_share + world.profile.read_share:
             self.read(member)
+        elif world.now > 0.5 + world.profile.writes_end_s:
+            self.again()
         else:
             self.write(member)
         # A client whose member dies starts over when it is back.
@@ -101,7 +103,7 @@ class Client:
             values[block] = world.value
             op = WriteOp(world.value, self.host, world.now)
             writes.append(op)
-            world.history.blocks[block].writes.append(op)
+            world.history.wrote(block, op)
         ticket: list[Ticket] = []
         failed: list[tuple[int, int, int]] = []
         legs_left: list[tuple[int, int, int]] = []
@@ -251,7 +253,7 @@ def _misfortune(world: World) -> None:
         else:
             disk.fail_write, disk.fail_read = rng.choice([(0.5, 0.0), (0.0, 0.5), (1.0, 1.0), (0.3, 0.3)])
         world.note(f"leg trouble on {disk.name}: {disk.fail_write} {disk.fail_read} {disk.fail_flush}")
-        if rng.random() < 0.15:
+        if rng.random() < profile.both_legs:
             other = world.disks[1 - world.disks.index(disk)]
             other.fail_write = 0.2
         world.at(rng.random() * 0.4, calm_legs)

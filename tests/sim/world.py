@@ -80,6 +80,9 @@ class Profile:
     whole_writes: float = 0.15
     verbs: tuple[str, ...] = ("start", "cutover", "undo", "commit", "abort", "pause", "resume", "cutover", "undo")
     span_blocks: int = 1000  # small writes start below this: a small span makes them meet
+    copier_faults: float = 0.5  # of the legs' faults, how many meet the copier as well
+    both_legs: float = 0.15  # probability that a fault of one leg is one of the other, too
+    writes_end_s: float = 1e9  # no writes are begun after this long
     copy_s: float = 0.008  # longest time between the copier's read of a block and its write
     copier_stall: float = 0.01  # probability per block that its write lands up to 0.6 s later
     persist_s: float = 0.012  # longest transaction
@@ -480,8 +483,12 @@ class World:
                     failed[leg] = "flush failed"
                     self.coverage["flush failed"] += 1
             self.note(f"flush {member.opener} token {token} legs {ticket[0].legs} failed {sorted(failed)}")
-            member.engine.finish_flush(ticket[0], failed)
-            self.wait(member, settled)
+            self.at(self.rng.random() * self.profile.io_s * 0.5, lambda: finish(failed))
+
+        def finish(failed: dict[int, str]) -> None:
+            if member.alive:
+                member.engine.finish_flush(ticket[0], failed)
+                self.wait(member, settled)
 
         def settled() -> bool:
             if ticket[0].settled:
@@ -639,6 +646,8 @@ class World:
             self.event("bits set")
         if ok and leader is not self.leader and "leader" in puts:
             self.coverage["change by a leader that was cut off"] += 1
+        if ok and deletes and not puts and all(key.startswith("activity/") for key in deletes):
+            self.event("log emptied apart")
         if ok and "transition" in puts and "state" in puts:
             self.event("committed")
 
@@ -658,7 +667,9 @@ class World:
         self.note(f"copier flush legs {effect.legs} failed {sorted(failed)}")
         if failed:
             self.coverage["copier's flush failed"] += 1
-        self._job_done(leader, effect.job, failed)
+        if len(effect.legs) == 2:
+            self.event("copier flushed both")
+        self.at(self.rng.random() * 0.005, lambda: self._job_done(leader, effect.job, failed))
 
     def _copy(self, leader: Leader, effect: DoCopy) -> None:
         """Block by block, each read and written at instants of its own; a cancelled job stops between blocks."""
@@ -677,7 +688,7 @@ class World:
             if index == len(blocks) or effect.job in leader.cancelled:
                 ok = effect.job not in leader.cancelled
                 self._job_done(leader, effect.job, CopyResult(ok, index, index, None, "" if ok else "cancelled"))
-            elif self.rng.random() < from_disk.fail_read * 0.5:
+            elif self.rng.random() < from_disk.fail_read * self.profile.copier_faults:
                 self._job_done(leader, effect.job, CopyResult(False, 0, 0, step.from_leg, "read error"))
             else:
                 value = from_disk.cache[blocks[index]]
@@ -686,7 +697,7 @@ class World:
                 self.at(delay, lambda: write(index, value))
 
         def write(index: int, value: int) -> None:
-            if self.rng.random() < to_disk.fail_write * 0.5:
+            if self.rng.random() < to_disk.fail_write * self.profile.copier_faults:
                 self._job_done(leader, effect.job, CopyResult(False, 0, 0, step.to_leg, "write error"))
                 return
             to_disk.put(blocks[index], value, opener)

@@ -127,6 +127,8 @@ class NbdMember:
             "description": "a test's volume",
             "size_bytes": self.geometry.size_bytes,
             "region_bytes": self.geometry.region_bytes,
+            "block_bytes": self.geometry.block_bytes,
+            "zone_bytes": self.geometry.zone_bytes,
             "incarnation": self.incarnation,
             "link": str(self.leader.path),
             "legs": {"source": self.source, "target": self.target},

@@ -1,10 +1,15 @@
-"""shadowvol as its operator runs it: the real command, a home of the test's own, and everything ended at the end."""
+"""shadowvol as its operator runs it: the real command, a home of the test's own, and everything ended at the end.
+
+`Product` is one host; `Volume` one of its volumes, with the legs that the test made for it. Every verb goes through
+the command line and its exit code is checked, so a test that uses a volume tests the command as well.
+"""
 
 import json
 import os
 import signal
 import subprocess
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,9 @@ from tests.support.poll import wait_for
 
 COMMAND = str(Path(sysconfig.get_paths()["scripts"]) / "shadowvol")
 VERB_LIMIT_S = 60
+DEADLINE_S = 60.0
+MIB = 1 << 20
+_DATA_STEP = 1 << 20
 
 
 class Product:
@@ -26,6 +34,13 @@ class Product:
         assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}\n{self.log()}"
         assert "Traceback" not in done.stderr, done.stderr
         return done.stdout
+
+    def refused(self, *arguments: str, code: int = 3) -> str:
+        """What the verb says on standard error, while it ends with `code`."""
+        done = self.result(*arguments)
+        assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}\n{self.log()}"
+        assert done.stderr.startswith("shadowvol: ") and done.stderr.count("\n") <= 2, done.stderr
+        return done.stderr
 
     def result(self, *arguments: str, limit_s: float = VERB_LIMIT_S) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -48,12 +63,18 @@ class Product:
 
     def wait_phase(self, name: str, phase: str, limit_s: float = 120) -> dict[str, Any]:
         """Wait as a script would; the last status."""
-        self.run("wait", name, "--for", phase, "--timeout", str(limit_s), limit_s=limit_s + 10)
+        self.run("wait", name, "--for", phase, "--timeout", str(limit_s), limit_s=limit_s + 20)
         return self.status(name)
 
     def pid(self, name: str, process: str) -> int:
         """Of agent, member or transfer; waits until there is one."""
         return int(wait_for(lambda: self.status(name)["processes"][process], 20, f"{name} has a {process}"))
+
+    def kill(self, name: str, process: str) -> None:
+        """SIGKILL agent, member or transfer; returns when it has ended."""
+        pid = self.pid(name, process)
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not _alive(pid), DEADLINE_S, f"the {process} has ended")
 
     def log(self) -> str:
         """The end of the agent's log."""
@@ -71,7 +92,111 @@ class Product:
                     pass
             if not pids:
                 return
-            wait_for(lambda pids=pids: not any(Path(f"/proc/{pid}/fd").exists() and _alive(pid) for pid in pids), 10, "ended")
+            wait_for(lambda pids=pids: not any(map(_alive, pids)), DEADLINE_S, "all processes have ended")
+
+
+@dataclass
+class Volume:
+    """One volume of `product`. Verbs are methods' names on the command line: volume.run("cutover")."""
+
+    product: Product
+    name: str
+    source: Path
+    target: Path
+
+    @classmethod
+    def make(cls, product: Product, source: Path, target: Path, *options: str, name: str = "v") -> "Volume":
+        """Create it and bring it up."""
+        provision = () if target.exists() else ("--provision",)
+        legs = ("--source", str(source), "--target", str(target))
+        product.run("create", name, *legs, *provision, *options)
+        volume = cls(product, name, source, target)
+        assert volume.run("up").strip() == volume.uri
+        return volume
+
+    def run(self, verb: str, *arguments: str, code: int = 0) -> str:
+        return self.product.run(verb, self.name, *arguments, code=code)
+
+    def refused(self, verb: str, *arguments: str, code: int = 3) -> str:
+        return self.product.refused(verb, self.name, *arguments, code=code)
+
+    def status(self) -> dict[str, Any]:
+        return self.product.status(self.name)
+
+    @property
+    def uri(self) -> str:
+        return self.product.uri(self.name)
+
+    @property
+    def phase(self) -> tuple[str, str]:
+        """(phase, preferred)"""
+        status = self.status()
+        return status["phase"], status["preferred"]
+
+    def wait_synced(self, limit_s: float = 120) -> dict[str, Any]:
+        return self.product.wait_phase(self.name, "synced", limit_s)
+
+    def start_and_hold(self, fraction: float, rate: str = "100MiB/s", hold_rate: str = "1MiB/s") -> dict[str, Any]:
+        """Start, and slow the copy down when `fraction` is on both legs; the status at that point."""
+        self.run("throttle", "--rate", rate)
+        self.run("start")
+        wait_for(lambda: self.status()["fraction_both_ok"] >= fraction, DEADLINE_S, f"{fraction} is copied")
+        self.run("throttle", "--rate", hold_rate)
+        return self.status()
+
+    def wait_writes(self, more: int) -> None:
+        """Until so many writes have been served from now on; a new member counts from zero."""
+        last = total = 0
+
+        def served() -> bool:
+            nonlocal last, total
+            now = self.status()["io"].get("writes") or 0
+            total += now - last if now >= last else now
+            last = now
+            return total - first >= more
+
+        last = first = self.status()["io"].get("writes") or 0
+        total = first
+        wait_for(served, DEADLINE_S, f"{more} more writes")
+
+    def switches_ms(self, rounds: int) -> list[float]:
+        """The pauses of `rounds` times cutover and undo."""
+        pauses = []
+        for _ in range(rounds):
+            for verb in ("cutover", "undo"):
+                self.run(verb)
+                pauses.append(float(self.status()["last_switch_pause_ms"]))
+        return pauses
+
+    def assert_legs_equal(self) -> None:
+        """When synced, with nobody writing. A larger target counts as far as the volume goes."""
+        size_bytes = self.status()["size_bytes"]
+        assert_same_bytes(self.source, self.target, size_bytes, self)
+
+
+def assert_same_bytes(one: Path, other: Path, size_bytes: int, volume: Volume | None = None) -> None:
+    """Byte for byte; says where the first difference is."""
+    command = ["cmp", f"--bytes={size_bytes}", str(one), str(other)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    more = f"\n{volume.status()}\n{volume.product.log()}" if done.returncode and volume is not None else ""
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{more}"
+
+
+def make_source(path: Path, size_bytes: int, data_bytes: int | None = None) -> Path:
+    """A file whose first `data_bytes` (default: all) neither compress nor repeat; the rest is a hole."""
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+        for offset in range(0, size_bytes if data_bytes is None else data_bytes, _DATA_STEP):
+            file.write(os.urandom(min(_DATA_STEP, size_bytes - offset)))
+    return path
+
+
+def resident_mib(pid: int) -> float:
+    """What the process has in memory, in MiB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError(f"process {pid} has no VmRSS")
 
 
 def _processes() -> list[int]:
@@ -86,14 +211,10 @@ def _alive(pid: int) -> bool:
 
 
 def _belongs(pid: int, home: Path) -> bool:
-    """Its command line names the home (agent: --home; member: lock path; copier: lock path)."""
+    """Its command line names the home (agent: --home; member and copier: the path of their lock)."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
-    return _alive(pid) and any(str(home) in word for word in words) and any(
-        "shadowvol" in word or "nbdkit" in word for word in words
-    )
-
-
-
+    ours = any(str(home) in word for word in words) and any("shadowvol" in w or "nbdkit" in w for w in words)
+    return ours and _alive(pid)

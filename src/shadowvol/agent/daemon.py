@@ -17,12 +17,14 @@ from typing import Any
 import trio
 
 from shadowvol.agent import locks, verbs
+from shadowvol.agent.client import AGENT_LOCK_HELD_EXIT
 from shadowvol.agent.paths import Home
 from shadowvol.agent.volume import Volume
 from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable, RecordDamaged
 from shadowvol.clustersync.open import open_coordinator
 from shadowvol.core.records import RecordError, VolumeConfig, decode_config, decode_state, volume_names
-from shadowvol.link.framing import FramingError, TrioLink, close_all
+from shadowvol.link.framing import FramingError, close_all
+from shadowvol.link.triolink import TrioLink
 
 REQUEST_BYTES_MAX = 1 << 20
 BACKLOG = 64
@@ -34,8 +36,9 @@ _logger = logging.getLogger("shadowvol.agent")
 class Agent:
     """`volumes`: those that are up here, by name."""
 
-    def __init__(self, home: Home, coordinator: Coordinator, host: str) -> None:
+    def __init__(self, home: Home, coordinator: Coordinator, state_url: str, host: str) -> None:
         self.home = home
+        self.state_url = state_url
         self.coordinator = coordinator
         self.host = host
         self.volumes: dict[str, Volume] = {}
@@ -186,10 +189,10 @@ async def _until_signal(agent: Agent, control: trio.socket.SocketType, links: tr
                 return
 
 
-async def _main(home: Home, coordinator: Coordinator, host: str) -> None:
+async def _main(home: Home, coordinator: Coordinator, state_url: str, host: str) -> None:
     control, links = _listen(home.agent_socket), _listen(home.link_socket)
     try:
-        await _until_signal(Agent(home, coordinator, host), control, links)
+        await _until_signal(Agent(home, coordinator, state_url, host), control, links)
     finally:
         home.agent_socket.unlink(missing_ok=True)
         with trio.CancelScope(shield=True):
@@ -207,7 +210,7 @@ def run_agent(home: Home, state_url: str, host: str) -> int:
     lock = locks.take(home.agent_lock)
     if lock is None:
         sys.stderr.write(f"shadowvol: an agent is running already with home {home.directory}\n")
-        return 1
+        return AGENT_LOCK_HELD_EXIT
     try:
         coordinator = open_coordinator(state_url)
     except ValueError as error:
@@ -216,5 +219,5 @@ def run_agent(home: Home, state_url: str, host: str) -> int:
     except (RecordDamaged, CoordinatorUnreachable) as error:
         sys.stderr.write(f"shadowvol: {error}\n")
         return 6 if isinstance(error, CoordinatorUnreachable) else 1
-    trio.run(_main, home, coordinator, host)
+    trio.run(_main, home, coordinator, state_url, host)
     return 0

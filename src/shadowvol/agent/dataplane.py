@@ -19,7 +19,8 @@ import trio
 
 from shadowvol.agent import locks
 from shadowvol.core.messages import Answer, Ask, Reply, Request, from_wire, to_wire
-from shadowvol.link.framing import Frame, FramingError, TrioLink, close_all
+from shadowvol.link.framing import Frame, FramingError, close_all
+from shadowvol.link.triolink import TrioLink
 from shadowvol.nbd.serve import member_argv
 
 BACKLOG = 128

@@ -48,8 +48,8 @@ def copy_state(volume: Volume, engine: LeaderEngine) -> tuple[CopyState, str | N
 def leg_status(volume: Volume, engine: LeaderEngine, leg: int) -> LegLive:
     """Health from the leader's fault records and the member's own view of the open leg."""
     health = engine.legs[leg]
-    statistics: dict[str, Any] = (volume.plane.statistics if volume.plane else {}).get("legs", {}).get(LEG_NAMES[leg], {})
-    open_error = statistics.get("open_error")
+    members_view: dict[str, Any] = (volume.plane.statistics if volume.plane else {}).get("legs", {})
+    open_error = members_view.get(LEG_NAMES[leg], {}).get("open_error")
     let_go = engine.state.phase is Phase.COMMITTED and leg == SOURCE and not engine.state.keep_undo
     in_use = not let_go and not (engine.state.phase is Phase.SETUP and leg == TARGET)
     state: Health = "ok"
@@ -57,8 +57,8 @@ def leg_status(volume: Volume, engine: LeaderEngine, leg: int) -> LegLive:
         state = "released"
     elif in_use and (open_error or health.failed):
         state = "failed" if open_error else "degraded"
-    elif in_use and engine.state.phase is Phase.COPYING and leg == SOURCE and not engine.map.is_ok(SOURCE, 0, len(engine.map)):
-        state = "degraded"
+    elif leg == SOURCE and engine.state.phase is Phase.COPYING and not engine.map.is_ok(SOURCE, 0, len(engine.map)):
+        state = "degraded"  # it is being resynced
     since = None if health.since_s is None else volume.wall_clock(health.since_s)
     return LegLive(state, health.errors, open_error or health.last_error, since)
 

@@ -3,6 +3,7 @@
 The engine decides whether a verb is allowed; here is only what is about this host: is the volume up, does it come up.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from shadowvol.agent.snapshot import live_status, record_of
@@ -23,7 +24,7 @@ TRANSITIONS = ("start", "cutover", "undo", "commit", "abort", "pause", "resume",
 async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str, Any]) -> Outcome:
     """(exit code, text, data). Raises CoordinatorUnreachable, RecordDamaged, RecordError."""
     if verb == "ping":
-        return 0, "", {"host": agent.host}
+        return 0, "", {"host": agent.host, "state_url": agent.state_url}
     if verb == "status":
         return await _status(agent, name)
     if name is None:
@@ -109,7 +110,7 @@ async def _status(agent: "Agent", name: str | None) -> Outcome:
         if keys.config not in entries:
             return 4, f"no volume {each}", None
         try:
-            found.append(status_of(decode_volume(each, entries), None))
+            found.append(status_of(decode_volume(each, entries), None, host=agent.host, agent_pid=os.getpid()))
         except RecordError:
             if name is not None:
                 raise

@@ -298,6 +298,8 @@ class Volume:
             "description": self.config.description or f"shadowvol volume {self.name}",
             "size_bytes": self.config.size_bytes,
             "region_bytes": self.config.region_bytes,
+            "block_bytes": self.config.block_bytes,
+            "zone_bytes": self.config.zone_bytes,
             "incarnation": incarnation,
             "link": str(self._home.link_socket),
             "legs": legs,

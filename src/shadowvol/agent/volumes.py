@@ -38,6 +38,7 @@ from shadowvol.core.records import (
     volume_names,
 )
 from shadowvol.core.txn import Compare, Entry, Holds, Txn
+from shadowvol.endpoints import blockdev
 from shadowvol.endpoints.identity import LegFacts, LegRefused, LegSpec, identity_of, probe, same_storage
 from shadowvol.endpoints.local import open_local
 
@@ -298,13 +299,16 @@ def _look(role: str, path: str) -> LegFacts:
         raise VerbError(BAD_INPUT, f"{role} {path} is mounted at {facts.mounted_at}; unmount it first")
     if facts.holders:
         raise VerbError(BAD_INPUT, f"{role} {path} is in use by /dev/{facts.holders[0]}")
+    if facts.kind == "disk" and blockdev.sys_number(blockdev.sys_directory(os.stat(path).st_rdev) / "ro"):
+        raise VerbError(BAD_INPUT, f"{role} {path} is read-only")  # the kernel lets it be opened for writing
     return facts
 
 
 def _check_not_the_same(source_path: str, target_path: str) -> None:
-    """A target that is not there yet is no other name of anything."""
+    """What is not there, perhaps not yet, is no other name of anything."""
     try:
-        same = os.path.exists(target_path) and same_storage(source_path, target_path)
+        both_there = os.path.exists(source_path) and os.path.exists(target_path)
+        same = both_there and same_storage(source_path, target_path)
     except OSError as error:
         raise VerbError(BAD_INPUT, f"source {source_path}: {error.strerror}") from None
     if same:

@@ -93,7 +93,7 @@ def _checks(invocation: Invocation) -> list[Check]:
     run = invocation.settings.home.run
     python = [
         Check(f"python package {name}", True, _module(name), f"{sys.executable} -m pip install {name}")
-        for name in ("bitarray", "click", "rich", "trio", "xxhash")
+        for name in ("click", "rich", "trio", "xxhash")
     ]
     plugin = _succeeds("nbdkit", "python", "--version")
     return [

@@ -4,7 +4,7 @@ Modelled on etcd's key-value API (revisions, transactions with compares, watches
 so that SQLite on one host and etcd on a cluster are the same to everything above.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,8 +55,10 @@ class Coordinator(Protocol):
         """Judge and apply `txn` atomically; durable (power loss) when this returns with ok."""
         ...
 
-    def watch(self, prefix: str, after_revision: int) -> AsyncIterator[list[Change]]:
-        """Batches of changes to keys under `prefix` with a revision above `after_revision`, each key's last state at least."""
+    def watch(self, prefix: str, after_revision: int) -> AsyncGenerator[list[Change], None]:
+        """Batches of changes to keys under `prefix` above `after_revision`: of each key its last state at least.
+
+        Close it when done (contextlib.aclosing)."""
         ...
 
     async def aclose(self) -> None: ...

@@ -292,6 +292,8 @@ class LocalEndpoint:
             return min(end, os.lseek(self._fd, offset, whence))
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole up to the end of the file
+                if os.fstat(self._fd).st_size < self.size_bytes:  # …that got shorter: what is gone is not a hole
+                    raise OSError(errno.EIO, "the file is shorter than when it was opened", self.path) from None
                 return end
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot tell: all of it is data
                 return offset if whence == os.SEEK_DATA else end

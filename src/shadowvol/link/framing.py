@@ -4,7 +4,7 @@ A frame on the wire: length of the JSON (u32, big-endian), length of the blob (u
 Descriptors travel as SCM_RIGHTS with the frame's first bytes.
 
 `Decoder` is without I/O. Three ways to move frames share it: blocking functions (the member's threads), `TrioLink` (the
-agent), and whatever a test feeds it.
+agent; link/triolink.py), and whatever a test feeds it.
 
 Invariants
 - A reader never asks the kernel for more than `Decoder.wanted_bytes`, so it never reads beyond the current frame.
@@ -25,8 +25,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import trio
-
 JSON_BYTES_MAX = 16 << 20  # touched blocks of the largest window take far less
 BLOB_BYTES_MAX = 64 << 20  # the map of a volume of the largest size is 2 MiB
 FDS_MAX = 16  # the listening socket and some; SCM_RIGHTS itself carries 253
@@ -34,7 +32,7 @@ READ_BYTES_MAX = 1 << 20  # of one read, so that a large frame is not allocated 
 
 _HEADER = struct.Struct(">II")
 _FD_BYTES = array.array("i").itemsize
-_ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_MAX * _FD_BYTES)
+ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_MAX * _FD_BYTES)
 
 
 class FramingError(Exception):
@@ -132,13 +130,13 @@ def _parse(text: bytes) -> dict[str, Any]:
 # ---- descriptors ----
 
 
-def _rights(fds: Sequence[int]) -> "list[tuple[int, int, array.array[int]]]":
+def rights(fds: Sequence[int]) -> "list[tuple[int, int, array.array[int]]]":
     if len(fds) > FDS_MAX:
         raise FramingError(f"{len(fds)} descriptors; at most {FDS_MAX}")
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
 
 
-def _take_rights(ancillary: Iterable[tuple[int, int, bytes]], flags: int, fds: list[int]) -> None:
+def take_rights(ancillary: Iterable[tuple[int, int, bytes]], flags: int, fds: list[int]) -> None:
     """Add received descriptors to `fds`; the caller closes all of them if this raises."""
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -155,7 +153,7 @@ def close_all(fds: list[int]) -> None:
         os.close(fds.pop())
 
 
-def _end_of_stream(decoder: Decoder) -> Exception:
+def end_of_stream(decoder: Decoder) -> Exception:
     return FramingError("link closed in the middle of a frame") if decoder.inside_frame else EOFError("link closed")
 
 
@@ -164,10 +162,11 @@ def _end_of_stream(decoder: Decoder) -> Exception:
 
 def send_frame(sock: socket.socket, message: dict[str, Any], blob: bytes = b"", fds: Sequence[int] = ()) -> None:
     """Send one frame. Not for two threads at once: the caller holds a lock. Raises FramingError, OSError."""
-    rights = _rights(fds)
+    ancillary = rights(fds)
     data = memoryview(encode(message, blob))
-    sent_bytes = sock.sendmsg([data], rights)
-    sock.sendall(data[sent_bytes:])
+    sent_bytes = sock.sendmsg([data], ancillary)
+    if sent_bytes < len(data):
+        sock.sendall(data[sent_bytes:])
 
 
 def receive_frame(sock: socket.socket) -> tuple[Frame, list[int]]:
@@ -180,86 +179,13 @@ def receive_frame(sock: socket.socket) -> tuple[Frame, list[int]]:
     try:
         while True:
             wanted_bytes = min(decoder.wanted_bytes, READ_BYTES_MAX)
-            data, ancillary, flags, _ = sock.recvmsg(wanted_bytes, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
-            _take_rights(ancillary, flags, fds)
+            data, ancillary, flags, _ = sock.recvmsg(wanted_bytes, ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+            take_rights(ancillary, flags, fds)
             if not data:
-                raise _end_of_stream(decoder)
+                raise end_of_stream(decoder)
             frames = decoder.feed(data)
             if frames:
                 return frames[0], fds
     except BaseException:
         close_all(fds)
         raise
-
-
-# ---- trio ----
-
-
-class TrioLink:
-    """One end of the link, in trio. Any number of tasks may send, one receives.
-
-    A `send` that was cancelled in the middle of a frame breaks the link: later sends raise BrokenResourceError.
-    """
-
-    def __init__(self, sock: trio.socket.SocketType) -> None:
-        self._sock = sock
-        self._send_lock = trio.StrictFIFOLock()
-        self._send_broken = False
-        self._receive_guard = trio.Lock()
-        self._decoder = Decoder()
-        self._fds: list[int] = []  # received with the current frame
-
-    async def send(self, message: dict[str, Any], blob: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """Raises FramingError (nothing was sent), OSError, BrokenResourceError, ClosedResourceError."""
-        rights = _rights(fds)
-        data = memoryview(encode(message, blob))
-        async with self._send_lock:
-            if self._send_broken:
-                raise trio.BrokenResourceError("an earlier frame was not sent to its end")
-            sent_bytes = 0
-            try:
-                while sent_bytes < len(data):
-                    sent_bytes += await self._sock.sendmsg([data[sent_bytes:]], rights if sent_bytes == 0 else [])
-            except BaseException:
-                self._send_broken = sent_bytes > 0
-                raise
-
-    async def receive(self) -> tuple[Frame, list[int]]:
-        """The next frame and its descriptors (close-on-exec; the caller's now). May be cancelled and called again.
-
-        Raises EOFError where the peer closed between frames; FramingError, OSError, ClosedResourceError else.
-        """
-        try:
-            self._receive_guard.acquire_nowait()
-        except trio.WouldBlock:
-            raise trio.BusyResourceError("another task is receiving from this link") from None
-        try:
-            while True:
-                wanted_bytes = min(self._decoder.wanted_bytes, READ_BYTES_MAX)
-                data, ancillary, flags, _ = await self._sock.recvmsg(
-                    wanted_bytes, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-                )
-                _take_rights(ancillary, flags, self._fds)
-                if not data:
-                    raise _end_of_stream(self._decoder)
-                frames = self._decoder.feed(data)
-                if frames:
-                    fds, self._fds = self._fds, []
-                    return frames[0], fds
-        finally:
-            self._receive_guard.release()
-
-    def __aiter__(self) -> "TrioLink":
-        return self
-
-    async def __anext__(self) -> tuple[Frame, list[int]]:
-        """Frames until the peer closes between two of them."""
-        try:
-            return await self.receive()
-        except EOFError:
-            raise StopAsyncIteration from None
-
-    def close(self) -> None:
-        """Tasks that send or receive get ClosedResourceError."""
-        close_all(self._fds)
-        self._sock.close()

@@ -40,6 +40,8 @@ LEG_POLL_S = 0.25  # a leg to be let go is looked at this often until its last I
 DOWN_LIMIT_S = 10.0  # `down` is answered after this long even if the activity log could not be emptied
 _DOWN_SKIP_S = 2 * IDLE_S  # the clock jumps by this when nobody is connected any more: every zone is idle at once
 
+_UNITS = ("size_bytes", "region_bytes", "block_bytes", "zone_bytes")  # as recorded at creation
+
 _logger = logging.getLogger("shadowvol.member")
 
 # What must be open before a state takes effect. (The source that is kept for an undo after commit is open already.)
@@ -52,8 +54,7 @@ class MemberSpec:
 
     volume: str
     description: str
-    size_bytes: int
-    region_bytes: int
+    geometry: Geometry
     incarnation: int
     link: str
     source: LegRecord | None
@@ -69,8 +70,7 @@ class MemberSpec:
             return cls(
                 str(plain["volume"]),
                 str(plain["description"]),
-                int(plain["size_bytes"]),
-                int(plain["region_bytes"]),
+                Geometry(*(int(plain[unit]) for unit in _UNITS)),
                 int(plain["incarnation"]),
                 str(plain["link"]),
                 source,
@@ -89,9 +89,9 @@ class Member:
 
     def __init__(self, spec: MemberSpec, listen_fd: int | None) -> None:
         self.spec = spec
-        self.geometry = Geometry.of(spec.size_bytes, spec.region_bytes)
+        self.geometry = spec.geometry
         self.engine = MemberEngine(self.geometry, spec.incarnation, align_bytes=1)
-        self.legs = OpenLegs(spec.size_bytes, self.log)
+        self.legs = OpenLegs(spec.geometry.size_bytes, self.log)
         self.legs.records = [spec.source, spec.target]
         self.data = DataPath(self.engine, self.legs, self._perform, self.log)
         self._listen_fd = listen_fd

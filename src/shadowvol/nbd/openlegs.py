@@ -114,6 +114,13 @@ class OpenLegs:
         """The largest unit that an open leg writes."""
         return max([1] + [self.endpoints[leg].block_bytes for leg in (SOURCE, TARGET) if self.is_open(leg)])
 
+    def smallest_request_bytes(self) -> int:
+        """What the application may send: the source's block. Where the source is not open (let go after commit, or
+        dead) it must not become larger than it was, and a target with larger blocks is read, modified and written."""
+        if self.is_open(SOURCE) or not self.is_open(TARGET):
+            return self.endpoints[SOURCE].block_bytes
+        return min(self.endpoints[SOURCE].block_bytes, self.endpoints[TARGET].block_bytes)
+
     def is_rotational(self) -> bool:
         """Whether the source is a disk that turns, as far as the kernel knows."""
         endpoint = self.endpoints[SOURCE]

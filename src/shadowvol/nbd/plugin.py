@@ -124,11 +124,11 @@ def export_description(handle: object) -> str:
 
 
 def get_size(handle: object) -> int:
-    return member.spec.size_bytes
+    return member.geometry.size_bytes
 
 
 def block_size(handle: object) -> tuple[int, int, int]:
-    smallest = member.legs.endpoints[0].block_bytes
+    smallest = member.legs.smallest_request_bytes()
     return smallest, max(smallest, BLOCK_BYTES_PREFERRED), REQUEST_BYTES_MAX
 
 

@@ -95,7 +95,6 @@ def probe_end(leg: Leg, offset: int, length: int, budget_bytes: int) -> int:
         take = run.length if run.hole else min(run.length, budget_bytes)
         position += take
         budget_bytes -= 0 if run.hole else take
-    while position < end:  # a hole that follows costs nothing: it comes along
-        run = walker.run_at(position, end)
-        return position + run.length if run.hole else position
+    while position < end and (run := walker.run_at(position, end)).hole:  # a hole that follows costs nothing
+        position += run.length
     return position

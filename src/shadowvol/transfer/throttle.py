@@ -42,7 +42,8 @@ class RateLimit:
         burst = min(float(PIECE_BYTES_MAX), self.rate * SMOOTH_S)
         self._tokens = min(burst, self._tokens + max(0.0, now_s - self._filled_s) * self.rate)
         self._filled_s = now_s
-        return max(0.0, -self._tokens / self.rate)
+        # A debt below one byte is none: rounding would leave one that is shorter than the clock can tell.
+        return -self._tokens / self.rate if self._tokens <= -1 else 0.0
 
     def charge(self, byte_count: int) -> None:
         """Account for a piece; a negative count gives back what was charged in advance and not used."""

@@ -1,0 +1,64 @@
+"""Volumes that are large and nearly empty: time and memory follow the data, not the size."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.support.load import Fio
+from tests.support.product import MIB, Product, Volume, make_source, resident_mib
+
+GIB = 1 << 30
+TIB = 1 << 40
+RSS_MIB_MAX = 150
+RATIO_MIN = 0.05  # of the IOPS in setup; expected is far more, the machine may be shared
+
+Record = Callable[[str, object], None]  # pytest's record_property
+
+
+def test_activity_log_keeps_up_with_writes_all_over_a_large_volume(
+    product: Product, legs: Path, record_property: Record
+) -> None:
+    """Random 4 KiB writes over 64 GiB touch every zone; the log takes them in batches, off the path of most writes."""
+    volume = Volume.make(product, make_source(legs / "source", 64 * GIB, 0), legs / "target")
+    writes = ["--rw=randwrite", "--bs=4k", "--iodepth=16", "--norandommap", "--time_based", "--runtime=5"]
+    with Fio(legs, volume.uri, *writes, name="setup", timed=False) as fio:
+        before = fio.wait()["write"]["iops"]
+    volume.run("start")
+    volume.wait_synced()
+    with Fio(legs, volume.uri, *writes, name="synced", timed=False) as fio:
+        after = fio.wait()["write"]["iops"]
+    logged = volume.status()["io"]["zones_logged"]
+    record_property("iops", [before, after])
+    print(f"random 4 KiB writes: {before:.0f} IOPS in setup, {after:.0f} mirrored; {logged} zones logged")
+    assert after > before * RATIO_MIN
+    assert logged > 100
+    volume.wait_synced()
+
+
+def test_a_tebibyte_nearly_empty_is_synced_soon_with_little_memory(
+    product: Product, legs: Path, record_property: Record
+) -> None:
+    source = make_source(legs / "source", TIB, 0)
+    with source.open("r+b") as file:
+        for index in range(8):
+            file.seek(index * (TIB // 8) + 12345)
+            file.write(b"\xa5" * (512 << 10))
+    begun_s = time.monotonic()
+    volume = Volume.make(product, source, legs / "target")
+    volume.run("start")
+    started_s = time.monotonic() - begun_s
+    status = volume.wait_synced()
+    synced_s = time.monotonic() - begun_s
+    memory = {name: resident_mib(status["processes"][name]) for name in ("agent", "member")}
+    record_property("seconds", [started_s, synced_s])
+    record_property("rss_mib", memory)
+    print(f"created, up and started in {started_s:.1f} s, synced after {synced_s:.1f} s, resident MiB {memory}")
+    assert synced_s < 120
+    assert max(memory.values()) < RSS_MIB_MAX
+    assert status["copy"]["bytes_copied"] < 64 * MIB
+    with source.open("rb") as ours, volume.target.open("rb") as theirs:
+        for index in range(8):
+            for file in (ours, theirs):
+                file.seek(index * (TIB // 8))
+            assert ours.read(MIB) == theirs.read(MIB)
+    assert volume.target.stat().st_blocks * 512 < 64 * MIB
