@@ -70,9 +70,9 @@ class Machine:
             for effect in self.leader.take_effects():
                 again = True
                 self._leader_effect(effect)
-            for effect in self.member.take_effects():
+            for wish in self.member.take_effects():
                 again = True
-                self._member_effect(effect)
+                self._member_effect(wish)
             for ready in list(self.waiting):
                 if ready() and ready in self.waiting:
                     self.waiting.remove(ready)

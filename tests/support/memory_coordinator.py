@@ -5,7 +5,7 @@ directly. `MemoryCoordinator` is a handle to a store, as an agent holds one; sev
 as the object does, never fails, and never loses a commit: faults are added by who wraps it.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import trio
@@ -105,7 +105,7 @@ class MemoryCoordinator:
         await self._reach()
         return self.store.commit(txn)
 
-    async def watch(self, prefix: str, after_revision: int) -> AsyncIterator[list[Change]]:
+    async def watch(self, prefix: str, after_revision: int) -> AsyncGenerator[list[Change], None]:
         """Also raises HistoryCompacted."""
         while True:
             await self._reach()

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shadowvol.agent import client
+from shadowvol.agent.paths import Home
 from tests.support.poll import wait_for
 
 COMMAND = str(Path(sysconfig.get_paths()["scripts"]) / "shadowvol")
@@ -52,6 +54,17 @@ class Product:
         )
 
     def status(self, name: str) -> dict[str, Any]:
+        """What `status --json` prints. Asked of the agent itself while there is one: tests poll, a command is slow."""
+        try:
+            answer = client.call(Home(self.home), "status", name, timeout_s=VERB_LIMIT_S)
+        except (client.AgentNotRunning, client.AgentFailed):
+            return self.printed_status(name)
+        assert answer.code == 0, answer
+        status: dict[str, Any] = answer.data
+        return status
+
+    def printed_status(self, name: str) -> dict[str, Any]:
+        """From the command; works without an agent."""
         status: dict[str, Any] = json.loads(self.run("status", name, "--json"))
         return status
 
@@ -72,9 +85,15 @@ class Product:
 
     def kill(self, name: str, process: str) -> None:
         """SIGKILL agent, member or transfer; returns when it has ended."""
-        pid = self.pid(name, process)
+        self.kill_pid(self.pid(name, process))
+
+    def kill_agent(self) -> None:
+        """The same where no volume is up."""
+        self.kill_pid(int(client.call(Home(self.home), "ping").data["pid"]))
+
+    def kill_pid(self, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not _alive(pid), DEADLINE_S, f"the {process} has ended")
+        wait_for(lambda: not _alive(pid), DEADLINE_S, f"process {pid} has ended")
 
     def log(self) -> str:
         """The end of the agent's log."""

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 UP_LIMIT_S = 20.0
 Outcome = tuple[int, str, Any]
 
-TRANSITIONS = ("start", "cutover", "undo", "commit", "abort", "pause", "resume", "throttle")
+# What goes to the engine, and the options that it takes.
+TRANSITIONS: dict[str, tuple[str, ...]] = {
+    "start": (),
+    "cutover": ("early",),
+    "undo": ("early",),
+    "commit": ("keep_undo", "force"),
+    "abort": (),
+    "pause": (),
+    "resume": (),
+    "throttle": ("rate_bytes_per_s", "impact"),
+}
 
 
 async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str, Any]) -> Outcome:
@@ -37,6 +47,9 @@ async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str
         if verb == "retarget":
             return await _retarget(agent, name, options)
         if verb in TRANSITIONS:
+            unknown = set(options) - set(TRANSITIONS[verb])
+            if unknown:
+                return 2, f"{verb} takes no option {sorted(unknown)[0]}", None
             code, text = await _up_here(agent, name).command(verb, options)
             return code, text, None
     except VerbError as error:

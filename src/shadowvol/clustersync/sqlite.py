@@ -13,7 +13,7 @@ Invariants
 
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ class SqliteCoordinator:
         committed: Committed = await self._do(_Job(None, txn))
         return committed
 
-    async def watch(self, prefix: str, after_revision: int) -> AsyncIterator[list[Change]]:
+    async def watch(self, prefix: str, after_revision: int) -> AsyncGenerator[list[Change], None]:
         """Also raises HistoryCompacted. Close it (aclosing) when done: while watches exist, the file is polled."""
         watcher = _Watcher()
         with self._wanted:
