@@ -1,24 +1,18 @@
-"""The leader engine: kernel. It runs the protocols (core/windows.py, core/changes.py) step by step on events.
+"""The leader engine: the state of one leadership, and the events that change it.
 
-A protocol is a generator. It yields one step (Persist, AskAll, Copy …), is resumed with its outcome, and so
-emits step n+1 only on completion of step n; this module starts the steps as effects and resumes the generators.
-No I/O, clock or thread is here: the shell performs effects and calls the `on_…` methods and `tick`.
-
-Invariants
-- One transaction is under way at a time, built when it is issued, so memory is changed only by what is durable.
-- Exclusive changes (membership, bits, preferred, phase) are done one after the other: `exclusive` is their queue.
-- A transaction that does not hold although its builder thought so means another leader: this one is `deposed`
-  and does nothing any more. The same for a transaction whose outcome is unknown: start a new leadership.
+The protocols are in core/windows.py (copying), core/changes.py (membership, faults) and core/transitions.py (verbs);
+core/kernel.py runs them step by step. No I/O, clock or thread is here: the shell performs effects and calls the
+`on_…` methods and `tick`.
 """
 
-from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shadowvol.core import changes, transitions, windows
 from shadowvol.core.geometry import Run
+from shadowvol.core.kernel import Kernel
 from shadowvol.core.legs import LEG_NAMES, Phase
-from shadowvol.core.messages import Answer, Ask, ClearUndo, Fault, Request
+from shadowvol.core.messages import Answer, Ask, ClearUndo, Fault
 from shadowvol.core.records import Keys, VolumeRecord, VolumeState, encode_leader, encode_state
 from shadowvol.core.rules import NONE_OMITTED
 from shadowvol.core.steps import (
@@ -28,19 +22,9 @@ from shadowvol.core.steps import (
     CopierFlush,
     Copy,
     CopyResult,
-    Deposed,
     DoCancel,
-    DoCopierFlush,
-    DoCopy,
-    DoPersist,
-    DoProbe,
-    Effect,
-    Exclusive,
-    Persist,
     Probe,
     SendTo,
-    Step,
-    Steps,
     WaitFor,
     WindowVoid,
 )
@@ -57,27 +41,7 @@ class LegHealth:
     failed: bool = False  # the last operation on it failed
 
 
-@dataclass(slots=True)
-class Task:
-    steps: Steps
-    name: str
-    window: windows.Window | None = None
-    parent: "Task | None" = None
-    waiting: Step | None = None
-    job: int | None = None
-    value: Any = None
-
-
-@dataclass(slots=True)
-class PendingAsk:
-    task: Task
-    wanted: dict[str, Request]
-    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sent_s: float = 0.0
-    deadline_s: float | None = None
-
-
-class LeaderEngine:
+class LeaderEngine(Kernel):
     """The leadership of one volume from one epoch on. `record` is what was read after the epoch was taken."""
 
     def __init__(
@@ -88,6 +52,7 @@ class LeaderEngine:
         limits: windows.Limits | None = None,
         omit: frozenset[str] = NONE_OMITTED,
     ) -> None:
+        super().__init__()
         self.limits = limits or windows.Limits()
         self.config = record.config
         self.geometry = record.config.geometry
@@ -97,8 +62,6 @@ class LeaderEngine:
         self.epoch = record.epoch
         self.host = host
         self.omit = omit
-        self.now_s = 0.0
-        self.deposed = False
         # members: recorded ones are unresolved until each is live or proven gone
         self.unresolved: dict[str, int] = dict(record.members)
         self.live: dict[str, int] = {}
@@ -111,9 +74,7 @@ class LeaderEngine:
         self.quarantine: dict[int, list[Run]] = {number: list(w.runs) for number, w in record.windows.items()}
         self.cursor = 0
         self.backoff = windows.Backoff()
-        self.copier_up = False
         self.copier_session = 0
-        self.copier_jobs: dict[int, Task] = {}
         # faults and commands
         self.faults: list[tuple[str, Ask]] = []
         self.clear_queued = False
@@ -122,16 +83,6 @@ class LeaderEngine:
         self.freeze_began_s = 0.0
         self.goal_retry_s = 0.0
         self._transition_number = 0
-        # kernel
-        self.exclusive: deque[Task] = deque()
-        self._effects: list[Effect] = []
-        self._waiting: list[Task] = []
-        self._asks: dict[int, PendingAsk] = {}
-        self._seq = 0
-        self._job = 0
-        self._txns: deque[tuple[Task, Persist]] = deque()
-        self._txn_token = 0
-        self._txn_task: tuple[Task, Persist] | None = None
         self.queue_exclusive(changes.take_over(self), "takeover")
         self.spawn(windows.picker(self), "picker")
 
@@ -176,32 +127,6 @@ class LeaderEngine:
                 self._maybe_answered(message.seq)
         elif isinstance(message.want, Fault | ClearUndo):
             self._take_fault(host, message)
-        self._run_waiting()
-
-    def on_persisted(self, token: int, ok: bool, now_s: float) -> None:
-        self.now_s = now_s
-        if self._txn_task is None or token != self._txn_token:
-            return
-        task, step = self._txn_task
-        self._txn_task = None
-        if not ok and not step.may_fail:
-            self._depose("another leader has taken over")
-            return
-        self._resume(task, ok)
-        self._issue_txn()
-        self._run_waiting()
-
-    def on_unknown(self, reason: str) -> None:
-        """A transaction's outcome is unknown: only a new leadership, which reads the record, can go on."""
-        self._depose(reason)
-
-    def on_job_done(self, job: int, outcome: Any, now_s: float) -> None:
-        """A copy (CopyResult), flush ({leg: error}) or probe (offset or None) has ended."""
-        self.now_s = now_s
-        task = self.copier_jobs.pop(job, None)
-        if task is not None:
-            task.job = None
-            self._resume(task, outcome)
         self._run_waiting()
 
     def on_copier(self, up: bool, now_s: float) -> None:
@@ -250,30 +175,11 @@ class LeaderEngine:
         transitions.advance_goal(self)
         self._run_waiting()
 
-    def take_effects(self) -> list[Effect]:
-        effects, self._effects = self._effects, []
-        return effects
-
     # ------------------------------------------------------------ what protocols use
-
-    def emit(self, effect: Effect) -> None:
-        self._effects.append(effect)
 
     def done(self, command: Command, code: int, text: str = "") -> None:
         self.commands_waiting -= 1
         self.emit(CommandDone(command.number, code, text))
-
-    def spawn(self, steps: Steps, name: str, window: windows.Window | None = None) -> None:
-        task = Task(steps, name, window)
-        if window is not None:
-            window.task = task
-        self._resume(task, None)
-
-    def queue_exclusive(self, steps: Steps, name: str, parent: Task | None = None) -> None:
-        task = Task(steps, name, None, parent)
-        self.exclusive.append(task)
-        if len(self.exclusive) == 1:
-            self._resume(task, None)
 
     def txn(
         self,
@@ -368,7 +274,7 @@ class LeaderEngine:
             "preferred": LEG_NAMES[self.state.preferred],
         }
 
-    # ------------------------------------------------------------ kernel
+    # ------------------------------------------------------------ inside
 
     def _need_sync(self) -> None:
         if not self.sync_queued:
@@ -383,123 +289,4 @@ class LeaderEngine:
             self.clear_queued = True
             self.queue_exclusive(changes.clear(self), "leg fault")
 
-    def _resume(self, task: Task, value: Any) -> None:
-        if self.deposed:
-            return
-        window = task.window
-        if window is not None and window.void_reason and not window.void_thrown:
-            window.void_thrown = True
-            self._throw(task, WindowVoid(window.void_reason))
-            return
-        task.waiting = None
-        try:
-            step = task.steps.send(value)
-        except StopIteration as stop:
-            self._ended(task, stop.value)
-            return
-        self._start(task, step)
 
-    def _throw(self, task: Task, error: WindowVoid) -> None:
-        if task.window is not None:
-            task.window.void_thrown = True
-        task.waiting = None
-        try:
-            step = task.steps.throw(error)
-        except StopIteration as stop:
-            self._ended(task, stop.value)
-            return
-        self._start(task, step)
-
-    def _ended(self, task: Task, value: Any) -> None:
-        if self.exclusive and self.exclusive[0] is task:
-            self.exclusive.popleft()
-            if task.parent is not None:
-                self._resume(task.parent, value)
-            if self.exclusive and self.exclusive[0].waiting is None:
-                self._resume(self.exclusive[0], None)
-
-    def _start(self, task: Task, step: Step) -> None:
-        task.waiting = step
-        if isinstance(step, Persist):
-            self._txns.append((task, step))
-            self._issue_txn()
-        elif isinstance(step, AskAll):
-            self._start_ask(task, step)
-        elif isinstance(step, WaitFor):
-            self._waiting.append(task)
-        elif isinstance(step, Exclusive):
-            self.queue_exclusive(step.steps, task.name, task)
-        else:
-            self._job += 1
-            task.job = self._job
-            if not self.copier_up:
-                failed: Any = CopyResult(False, error="the copier is not running")
-                if isinstance(step, CopierFlush):
-                    failed = {leg: "the copier is not running" for leg in step.legs}
-                self._resume(task, None if isinstance(step, Probe) else failed)
-                return
-            self.copier_jobs[self._job] = task
-            if isinstance(step, Copy):
-                self.emit(DoCopy(self._job, step))
-            elif isinstance(step, CopierFlush):
-                self.emit(DoCopierFlush(self._job, step.legs))
-            else:
-                self.emit(DoProbe(self._job, step))
-
-    def _start_ask(self, task: Task, step: AskAll) -> None:
-        self._seq += 1
-        incarnations = {**self.joining, **self.live}
-        hosts = step.hosts if step.hosts is not None else list(self.live)
-        wanted = {
-            host: Request(self.epoch, incarnations[host], self._seq, step.subject, step.body)
-            for host in hosts
-            if host in incarnations
-        }
-        deadline = None if step.timeout_s is None else self.now_s + step.timeout_s
-        self._asks[self._seq] = PendingAsk(task, wanted, {}, self.now_s, deadline)
-        for host, request in wanted.items():
-            self.emit(SendTo(host, request))
-        self._maybe_answered(self._seq)
-
-    def _maybe_answered(self, seq: int) -> None:
-        pending = self._asks[seq]
-        if not pending.wanted:
-            del self._asks[seq]
-            self._resume(pending.task, pending.answers)
-
-    def _forget_waits(self, task: Task) -> None:
-        self._asks = {seq: pending for seq, pending in self._asks.items() if pending.task is not task}
-        self._waiting = [waiting for waiting in self._waiting if waiting is not task]
-
-    def _resend(self, host: str) -> None:
-        for pending in self._asks.values():
-            if host in pending.wanted:
-                self.emit(SendTo(host, pending.wanted[host]))
-
-    def _run_waiting(self) -> None:
-        """Resume those whose condition holds, until none does."""
-        progress = True
-        while progress and not self.deposed:
-            progress = False
-            for task in list(self._waiting):
-                step = task.waiting
-                if isinstance(step, WaitFor) and step.ready():
-                    self._waiting.remove(task)
-                    self._resume(task, None)
-                    progress = True
-                    break
-
-    def _issue_txn(self) -> None:
-        while self._txn_task is None and self._txns and not self.deposed:
-            task, step = self._txns.popleft()
-            txn = step.build()
-            if txn is None:
-                self._resume(task, False)
-                continue
-            self._txn_task = (task, step)
-            self._txn_token += 1
-            self.emit(DoPersist(self._txn_token, txn))
-
-    def _depose(self, reason: str) -> None:
-        self.deposed = True
-        self.emit(Deposed(reason))

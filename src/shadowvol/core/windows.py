@@ -22,7 +22,8 @@ from shadowvol.core.steps import AskAll, CopierFlush, Copy, Exclusive, Persist, 
 from shadowvol.core.txn import Compare, Holds, Txn
 
 if TYPE_CHECKING:
-    from shadowvol.core.leader import LeaderEngine, Task
+    from shadowvol.core.kernel import Task
+    from shadowvol.core.leader import LeaderEngine
 
 @dataclass(frozen=True, slots=True)
 class Limits:
