@@ -4,7 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from tests.support.load import VERIFIED_MIX, Fio
+from tests.support.load import unaligned_pass
 from tests.support.product import MIB, Product, Volume, assert_same_bytes, make_source
 
 SIZE_BYTES = 24 * MIB
@@ -61,9 +61,7 @@ def qemu_io_does_each_operation(volume: Volume) -> None:
 
 
 def fio_verifies(volume: Volume, folder: Path) -> None:
-    size = ["--size=16m", "--offset=6m"]
-    with Fio(folder, volume.uri, *VERIFIED_MIX, *size, timed=False) as fio:
-        done = fio.wait()
+    done = unaligned_pass(folder, volume.uri, 6 * MIB, 16 * MIB)
     assert done["write"]["total_ios"] > 20 and done["read"]["total_ios"] > 20
 
 

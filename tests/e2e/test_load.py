@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nbd
 
-from tests.support.load import VERIFIED_MIX, Fio, longest_write_ms
+from tests.support.load import VERIFIED_MIX, Fio, longest_write_ms, unaligned_pass
 from tests.support.product import MIB, Product, Volume, make_source
 
 SWITCH_LIMIT_MS = 1000  # expected are a few; the machine may be shared
@@ -16,22 +16,35 @@ Record = Callable[[str, object], None]  # pytest's record_property
 def test_nothing_is_lost_from_start_to_commit(product: Product, legs: Path, record_property: Record) -> None:
     """start, copy, cutover and undo ten times under load, then quiet: equal; cutover and commit under load again."""
     volume = Volume.make(product, make_source(legs / "source", 256 * MIB), legs / "target")
-    with Fio(legs, volume.uri, *VERIFIED_MIX) as fio:
-        volume.wait_writes(100)
+
+    def unaligned() -> None:
+        """The last 16 MiB belong to a second client."""
+        done = unaligned_pass(legs, volume.uri, 240 * MIB, 16 * MIB)
+        assert done["write"]["total_ios"] > 20
+
+    with Fio(legs, volume.uri, *VERIFIED_MIX, "--size=240m") as fio:
+        fio.wait_served(volume, 100)
+        unaligned()
+        volume.run("throttle", "--rate", "40MiB/s")
         volume.run("start")
+        unaligned()
+        assert volume.phase == ("copying", "source")
+        volume.run("throttle", "--rate", "none")
         volume.wait_synced()
-        volume.wait_writes(100)
+        unaligned()
         pauses_ms = volume.switches_ms(10)
+        unaligned()
         fio.assert_running()
     longest_ms = longest_write_ms(fio.stop())
     volume.wait_synced()
     volume.assert_legs_equal()
 
-    with Fio(legs, volume.uri, *VERIFIED_MIX, name="again") as fio:
+    with Fio(legs, volume.uri, *VERIFIED_MIX, "--size=240m", name="again") as fio:
         volume.run("cutover")
+        unaligned()
         volume.run("commit")
-        volume.wait_writes(100)
-        fio.assert_running()
+        unaligned()
+        fio.wait_served(volume, 100)
     assert volume.phase == ("committed", "target")
     record_property("last_switch_pause_ms", pauses_ms)
     record_property("longest_write_ms", longest_ms)
@@ -42,37 +55,37 @@ def test_nothing_is_lost_from_start_to_commit(product: Product, legs: Path, reco
 def test_no_error_through_early_cutover_undo_pause_abort_and_start_again(product: Product, legs: Path) -> None:
     volume = Volume.make(product, make_source(legs / "source", 384 * MIB), legs / "target")
     with Fio(legs, volume.uri, *VERIFIED_MIX) as fio:
-        volume.wait_writes(50)
+        fio.wait_served(volume, 50)
         status = volume.start_and_hold(0.02)
         assert status["phase"] == "copying" and status["fraction_both_ok"] < 1
         volume.run("cutover", "--early")
-        volume.wait_writes(50)
+        fio.wait_served(volume, 50)
         assert volume.phase == ("copying", "target")
         volume.run("undo")
-        volume.wait_writes(50)
+        fio.wait_served(volume, 50)
         volume.run("pause")
         assert volume.status()["copy"]["state"] == "paused"
-        volume.wait_writes(50)
+        fio.wait_served(volume, 50)
         volume.run("resume")
         assert volume.status()["copy"]["state"] in ("running", "backoff")
-        volume.wait_writes(50)
+        fio.wait_served(volume, 50)
         volume.run("abort")
         volume.product.wait_phase(volume.name, "setup")
-        volume.wait_writes(50)
+        fio.wait_served(volume, 50)
         fio.assert_running()
 
         volume.start_and_hold(0.02)
         volume.run("cutover", "--early")
-        volume.wait_writes(50)
+        fio.wait_served(volume, 50)
         volume.run("abort")
         volume.product.wait_phase(volume.name, "setup")
         assert volume.phase == ("setup", "source")
-        volume.wait_writes(50)
+        fio.wait_served(volume, 50)
 
         volume.run("throttle", "--rate", "none")
         volume.run("start")
         volume.wait_synced()
-        volume.wait_writes(50)
+        fio.wait_served(volume, 50)
         fio.assert_running()
     volume.wait_synced()
     volume.assert_legs_equal()
@@ -104,7 +117,7 @@ def test_a_saturating_writer_does_not_keep_the_copy_from_its_end(
     volume = Volume.make(product, make_source(legs / "source", 256 * MIB), legs / "target")
     hot = ["--rw=write", "--bs=1m", "--iodepth=32", "--offset=64m", "--size=32m"]
     with Fio(legs, volume.uri, *hot) as fio:
-        volume.wait_writes(100)
+        fio.wait_served(volume, 100)
         volume.run("start")
         status = volume.wait_synced()
         fio.assert_running()

@@ -84,6 +84,7 @@ class Profile:
     both_legs: float = 0.15  # probability that a fault of one leg is one of the other, too
     writes_end_s: float = 1e9  # no writes are begun after this long
     copy_s: float = 0.008  # longest time between the copier's read of a block and its write
+    slow_hold: float = 0.1  # probability that a copy under a hold is slower than the hold limit
     copier_stall: float = 0.01  # probability per block that its write lands up to 0.6 s later
     persist_s: float = 0.012  # longest transaction
     slow_persist: float = 0.02  # probability that one takes up to 0.5 s (its leader or the coordinator was paused)
@@ -681,7 +682,7 @@ class World:
         from_disk, to_disk = self.disks[step.from_leg], self.disks[step.to_leg]
         opener = leader.opener
         speed = 0.3 if step.urgent else 1.0
-        if step.urgent and not self.calm and self.rng.random() < 0.1:
+        if step.urgent and not self.calm and self.rng.random() < self.profile.slow_hold:
             speed = 60.0  # slower than the hold limit
 
         def read_next(index: int) -> None:

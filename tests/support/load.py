@@ -21,22 +21,18 @@ from typing import Any
 import nbd
 
 from tests.support.poll import wait_for
+from tests.support.product import Volume
 
 KIB, MIB = 1 << 10, 1 << 20
 END_LIMIT_S = 60.0
 RUN_LIMIT_S = 600  # no load outlives a test that has died
 INTERRUPTED_EXIT = 128  # fio's exit code after SIGINT
 
-# A mix as unfriendly as a volume may meet: any length from 512 bytes to 256 KiB, not on sector boundaries.
-VERIFIED_MIX = (
-    "--rw=randrw",
-    "--bsrange=512-256k",
-    "--bs_unaligned=1",
-    "--iodepth=16",
-    "--verify=crc32c",
-    "--verify_backlog=64",
-    "--verify_fatal=1",
-)
+# A mix as unfriendly as a volume may meet. Lengths that are no multiple of 512 bytes only in UNALIGNED_PASS: with them,
+# fio 3.33 finds mismatches of its own making as soon as it goes over the same bytes twice (also on nbdkit's file plugin).
+VERIFIED = ("--rw=randrw", "--iodepth=16", "--verify=crc32c", "--verify_backlog=64", "--verify_fatal=1")
+VERIFIED_MIX = (*VERIFIED, "--bsrange=512-256k")
+UNALIGNED_PASS = (*VERIFIED, "--bsrange=512-256k", "--bs_unaligned=1")
 
 
 class Fio:
@@ -79,6 +75,12 @@ class Fio:
             self.wait()
             raise AssertionError("fio has ended by itself")
 
+    def wait_served(self, volume: Volume, writes: int) -> None:
+        """So many more writes have been served from now on."""
+        goal = volume.writes() + writes
+        wait_for(lambda: not self.running or volume.writes() >= goal, END_LIMIT_S, f"{writes} more writes")
+        self.assert_running()
+
     def stop(self) -> dict[str, Any]:
         """Interrupt it; what it reports of its jobs together. Asserts that there was no error."""
         if self._result is None and self.running:
@@ -108,6 +110,13 @@ class Fio:
     def _said(self) -> str:
         files = [path for path in (self._errors, self._output) if path.exists()]
         return "\n".join(path.read_text(errors="replace")[:2000] for path in files)
+
+
+def unaligned_pass(folder: Path, uri: str, offset: int, size: int) -> dict[str, Any]:
+    """Once over these bytes, with reads and writes of any length from 512 bytes to 256 KiB, verified."""
+    place = (f"--offset={offset}", f"--size={size}")
+    with Fio(folder, uri, *UNALIGNED_PASS, *place, name="unaligned", timed=False) as fio:
+        return fio.wait()
 
 
 def longest_write_ms(job: dict[str, Any]) -> float:

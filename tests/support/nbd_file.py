@@ -20,5 +20,7 @@ def nbd_file(directory: Path, *nbdkit_arguments: str) -> Iterator[Path]:
         wait_for(lambda: server.poll() is not None or file.exists(), 30, "nbdfuse shows its file")
         yield file
     finally:
-        subprocess.run(["fusermount3", "-u", str(mount_point)], check=True)
+        # Lazily, and ended by hand: after a failed test the transfer process may still have the file open.
+        subprocess.run(["fusermount3", "-u", "-z", str(mount_point)], check=True)
+        server.terminate()
         server.wait(30)

@@ -85,13 +85,7 @@ class Product:
 
     def kill(self, name: str, process: str) -> None:
         """SIGKILL agent, member or transfer; returns when it has ended."""
-        self.kill_pid(self.pid(name, process))
-
-    def kill_agent(self) -> None:
-        """The same where no volume is up."""
-        self.kill_pid(int(client.call(Home(self.home), "ping").data["pid"]))
-
-    def kill_pid(self, pid: int) -> None:
+        pid = self.pid(name, process)
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not _alive(pid), DEADLINE_S, f"process {pid} has ended")
 
@@ -163,20 +157,9 @@ class Volume:
         self.run("throttle", "--rate", hold_rate)
         return self.status()
 
-    def wait_writes(self, more: int) -> None:
-        """Until so many writes have been served from now on; a new member counts from zero."""
-        last = total = 0
-
-        def served() -> bool:
-            nonlocal last, total
-            now = self.status()["io"].get("writes") or 0
-            total += now - last if now >= last else now
-            last = now
-            return total - first >= more
-
-        last = first = self.status()["io"].get("writes") or 0
-        total = first
-        wait_for(served, DEADLINE_S, f"{more} more writes")
+    def writes(self) -> int:
+        """How many the member has served; a new one counts from zero."""
+        return int(self.status()["io"]["writes"] or 0)
 
     def switches_ms(self, rounds: int) -> list[float]:
         """The pauses of `rounds` times cutover and undo."""
@@ -216,6 +199,11 @@ def resident_mib(pid: int) -> float:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
     raise AssertionError(f"process {pid} has no VmRSS")
+
+
+def written_size(path: Path) -> int:
+    """Bytes for which the file has space."""
+    return path.stat().st_blocks * 512
 
 
 def _processes() -> list[int]:

@@ -325,6 +325,20 @@ def test_a_failing_target_is_named_and_works_again_when_healed(
         client.open(None, None)
 
 
+def test_a_medium_that_vanishes_fails_copies_but_not_the_process(
+    client: TransferClient, source: Path, target: Path, tmp_path: Path
+) -> None:
+    """Even closing it reports an error then. Another target can be opened in its place."""
+    with nbd_file(tmp_path, "memory", str(SIZE)) as vanishing:
+        client.open(source, vanishing)
+        assert client.copy([(0, MIB)])["ok"]
+    done = client.copy([(0, MIB)])
+    assert (done["ok"], done["leg"]) == (False, "target")
+    assert set(client.flush("source", "target")["failed"]) <= {"target"}
+    assert client.open(source, target)["target"]["ok"]
+    assert client.copy([(0, MIB)])["ok"]
+
+
 def test_a_passing_fault_is_tried_again(client: TransferClient, source: Path, tmp_path: Path) -> None:
     """The first write of this server fails, all later ones succeed: the copy succeeds."""
     mark = tmp_path / "failed once"

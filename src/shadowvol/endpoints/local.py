@@ -318,11 +318,18 @@ class LocalEndpoint:
         os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Give the claim back. The caller has waited for its own operations; calling again is harmless."""
-        for fd in (self._direct_fd, self._fd):
+        """Give the claim back. The caller has waited for its own operations; calling again is harmless.
+
+        Never raises: Linux lets go of the file even where close() reports an error (a server that is gone), and whether
+        writes are durable is what flush() tells.
+        """
+        fds, self._fd, self._direct_fd = (self._direct_fd, self._fd), -1, -1
+        for fd in fds:
             if fd >= 0:
-                os.close(fd)
-        self._fd = self._direct_fd = -1
+                try:
+                    os.close(fd)
+                except OSError:
+                    pass
         self._bounce_idle.clear()
 
     def _check_range(self, offset: int, length: int) -> None:

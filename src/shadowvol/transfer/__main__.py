@@ -26,6 +26,11 @@ def _die_of_a_bug(failed: threading.ExceptHookArgs) -> None:
     os._exit(EXIT_BUG)
 
 
+def _complain(text: str) -> None:
+    """The one line on stderr that goes with an exit code."""
+    sys.stderr.write(f"shadowvol.transfer: {text}\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="shadowvol.transfer", description="copies between the legs of one volume")
     parser.add_argument("--control-fd", type=int, required=True, help="a connected stream socket")
@@ -37,20 +42,20 @@ def main() -> int:
         connection = socket.socket(fileno=arguments.control_fd)
         lock = os.open(arguments.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        print(f"shadowvol.transfer: {error}", file=sys.stderr)
+        _complain(str(error))
         return EXIT_USAGE
     with connection:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"shadowvol.transfer: {arguments.lock} is held by another transfer process", file=sys.stderr)
+            _complain(f"{arguments.lock} is held by another transfer process")
             return EXIT_LOCKED
         harden()
         threading.excepthook = _die_of_a_bug
         try:
             TransferProcess(Channel(connection)).run()
         except WireError as error:
-            print(f"shadowvol.transfer: {error}", file=sys.stderr)
+            _complain(str(error))
             return EXIT_USAGE
     return EXIT_DONE  # `lock` stays open: only the end of the process gives it back
 
