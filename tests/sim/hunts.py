@@ -15,6 +15,7 @@ STILL = Profile(
     lose=0.0,
     repeat=0.0,
     slow_message=0.0,
+    slow_ask=0.0,
     commands=0.0,
     member_kill=0.0,
     leader_kill=0.0,
@@ -50,7 +51,9 @@ SWITCHING = replace(
 FAULTS = replace(STILL, leg_faults=5.0, flush_faults=0.0, clients=3, span_blocks=4, copier_faults=0.0)
 FLUSHES = replace(STILL, leg_faults=4.0, flush_faults=1.0, flush_share=0.3, read_share=0.1, power_loss=1.0)
 LEADERS = replace(COPYING, leader_kill=2.0, zombie=0.8, copier_stall=0.1, duration_s=1.5)
-FAILING = replace(COPYING, leg_faults=8.0, flush_faults=0.0, copier_faults=0.0)
+FAILING = replace(
+    COPYING, copy_s=0.01, leg_faults=8.0, flush_faults=0.0, copier_faults=0.0, fail_kinds=((0.5, 0.0),), both_legs=0.0
+)
 COMMITS = replace(STILL, commands=10.0, verbs=("cutover", "commit", "undo", "start"), duration_s=4.0)
 
 
@@ -63,7 +66,7 @@ class Hunt:
 
 
 DYING = replace(
-    COPYING_2, io_s=0.1, message_s=0.1, trouble_s=0.15, trouble_at=(("copier flushed both", "kill member", 0.7),)
+    COPYING_2, copy_s=0.01, duration_s=1.0, io_s=0.1, message_s=0.1, trouble_s=0.15, trouble_at=(("copier flushed both", "kill member", 0.7),)
 )
 UNLOGGED_POWER = (("zones unlogged", "power", 0.5),)
 BITS_POWER = (("bits set", "power", 0.5),)
@@ -81,7 +84,7 @@ HUNTS: dict[str, Hunt] = {
         replace(MIRRORED, io_s=0.01, log_s=0.5, think_s=0.6, trouble_s=0.2, trouble_at=UNLOGGED_POWER)
     ),
     "unlog-not-unsettled": Hunt(
-        replace(MIRRORED, leg_faults=4.0, flush_faults=0.0, lose=0.6, quiet=1.0, io_s=0.01, trouble_at=UNLOGGED_POWER)
+        replace(MIRRORED, leg_faults=4.0, flush_faults=0.0, slow_ask=0.8, clients=3, quiet=0.5, io_s=0.01, trouble_at=UNLOGGED_POWER)
     ),
     "open-drains": Hunt(replace(COPYING, io_s=0.5, copy_s=0.004)),
     "open-all-members": Hunt(replace(COPYING_2, message_s=0.15)),
@@ -90,7 +93,7 @@ HUNTS: dict[str, Hunt] = {
     "hold-drains": Hunt(replace(COPYING, io_s=0.1)),
     "hold-union": Hunt(COPYING_2),
     "recopy-touched": Hunt(COPYING),
-    "hold-limit-tells": Hunt(replace(COPYING, slow_hold=0.7)),
+    "hold-limit-tells": Hunt(replace(COPYING, duration_s=1.2, slow_hold=0.7)),
     "flush-both-legs": Hunt(replace(POWER, trouble_at=BITS_POWER)),
     "flush-copier": Hunt(replace(POWER, trouble_at=BITS_POWER)),
     "flush-members": Hunt(replace(POWER, trouble_at=BITS_POWER)),
@@ -100,10 +103,10 @@ HUNTS: dict[str, Hunt] = {
         replace(LEADERS, slow_persist=0.5, zombie=1.0, trouble_at=(("copier flushed both", "kill leader", 0.6),))
     ),
     "done-holds": Hunt(replace(SWITCHING, verbs=("abort", "start", "cutover", "cutover"))),
-    "failed-write-voids": Hunt(replace(FAILING, hosts=2, message_s=0.1, io_s=0.05)),
-    "failed-write-ends-window": Hunt(replace(FAILING, slow_message=0.5, copy_s=0.01)),
+    "failed-write-voids": Hunt(replace(FAILING, hosts=2, message_s=0.05, io_s=0.03, duration_s=1.0)),
+    "failed-write-ends-window": Hunt(replace(FAILING, slow_ask=0.9)),
     "unsettled-fault-refuses-open": Hunt(
-        replace(FAULTS, slow_message=0.4, both_legs=1.0, regions=2, clients=5, think_s=0.02)
+        replace(FAULTS, slow_ask=0.7, both_legs=1.0, regions=2, clients=5, think_s=0.02, fail_kinds=((0.4, 0.0),))
     ),
     "flush-error-owed": Hunt(
         replace(
@@ -118,12 +121,12 @@ HUNTS: dict[str, Hunt] = {
     ),
     "switch-holds": Hunt(SWITCHING),
     "switch-set-then-release": Hunt(SWITCHING),
-    "clear-holds-reads": Hunt(replace(FAULTS, leg_faults=1.0, hosts=2, clients=6, message_s=0.1, read_share=0.9, regions=2)),
+    "clear-holds-reads": Hunt(replace(FAULTS, leg_faults=2.0, hosts=2, clients=6, message_s=0.1, read_share=0.9, regions=2, fail_kinds=((0.7, 0.0),))),
     "void-waits-for-copier": Hunt(replace(COPYING, copier_stall=0.3, member_kill=1.0)),
     "quarantine": Hunt(LEADERS),
     "undo-zone-clear": Hunt(COMMITS),
     "fresh-dropped": Hunt(replace(FAULTS, whole_writes=0.7, copy_s=0.05)),
-    "fresh-one-member": Hunt(replace(COPYING_2, whole_writes=0.7, regions=24, duration_s=1.5)),
+    "fresh-one-member": Hunt(replace(COPYING_2, whole_writes=0.5, regions=24, duration_s=1.0, think_s=0.2, clients=4)),
     "drop-ends-fresh": Hunt(replace(COPYING, whole_writes=0.5, member_kill=2.0, duration_s=1.0, copier_stall=0.1)),
     "join-state-after-register": Hunt(
         replace(

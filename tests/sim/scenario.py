@@ -251,7 +251,7 @@ def _misfortune(world: World) -> None:
         if rng.random() < profile.flush_faults:
             disk.fail_flush = 0.5
         else:
-            disk.fail_write, disk.fail_read = rng.choice([(0.5, 0.0), (0.0, 0.5), (1.0, 1.0), (0.3, 0.3)])
+            disk.fail_write, disk.fail_read = rng.choice(profile.fail_kinds)
         world.note(f"leg trouble on {disk.name}: {disk.fail_write} {disk.fail_read} {disk.fail_flush}")
         if rng.random() < profile.both_legs:
             other = world.disks[1 - world.disks.index(disk)]

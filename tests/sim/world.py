@@ -84,6 +84,8 @@ class Profile:
     both_legs: float = 0.15  # probability that a fault of one leg is one of the other, too
     writes_end_s: float = 1e9  # no writes are begun after this long
     copy_s: float = 0.008  # longest time between the copier's read of a block and its write
+    slow_ask: float = 0.02  # probability that a member's ask takes up to 1 s more
+    fail_kinds: tuple[tuple[float, float], ...] = ((0.5, 0.0), (0.0, 0.5), (1.0, 1.0), (0.3, 0.3))  # write, read
     slow_hold: float = 0.1  # probability that a copy under a hold is slower than the hold limit
     copier_stall: float = 0.01  # probability per block that its write lands up to 0.6 s later
     persist_s: float = 0.012  # longest transaction
@@ -221,7 +223,7 @@ class World:
 
     # ------------------------------------------------------------ network
 
-    def carry(self, action: Callable[[], None], *, lossy: bool = True) -> None:
+    def carry(self, action: Callable[[], None], *, lossy: bool = True, delay: float = 0.0) -> None:
         """Deliver a message, or not, or twice."""
         profile, rng = self.profile, self.rng
         copies = 1
@@ -234,10 +236,10 @@ class World:
                 self.coverage["message repeated"] += 1
                 copies = 2
         for _ in range(copies):
-            delay = rng.random() * profile.message_s
+            took = rng.random() * profile.message_s
             if lossy and not self.calm and rng.random() < profile.slow_message:
-                delay = rng.random() * 0.4
-            self.at(delay, action)
+                took = rng.random() * 0.4
+            self.at(delay + took, action)
 
     # ------------------------------------------------------------ the applications' own locks
 
@@ -364,9 +366,11 @@ class World:
         if isinstance(message, Ask) and isinstance(message.want, LogZones | UnlogZones):
             self.carry(lambda: self._log_zones(member, message), lossy=False)
             return
+        slow = isinstance(message, Ask) and not self.calm and self.rng.random() < self.profile.slow_ask
+        delay = self.rng.random() if slow else 0.0
         leader = self.leader
         if leader is not None:
-            self.carry(lambda: self._leader_hears(leader, member.host, message))
+            self.carry(lambda: self._leader_hears(leader, member.host, message), delay=delay)
         for zombie in self.zombies:
             self.carry(lambda zombie=zombie: self._leader_hears(zombie, member.host, message))
 
