@@ -19,7 +19,7 @@ RUN_LIMIT_S = 150
 END_LIMIT_S = 60  # for what runs in the foreground to end, then for cleaning up
 MIB = 1 << 20
 
-pytestmark = pytest.mark.xdist_group("load")
+pytestmark = pytest.mark.xdist_group("quickstart")
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_it_proves_what_it_says_and_leaves_nothing(place: Path) -> None:
     proofs = re.findall(r"^   (ok|FAILED) +(.*)$", told, flags=re.MULTILINE)
     assert len(proofs) == 8 and all(mark == "ok" for mark, _ in proofs), told
     claims = " / ".join(text for _, text in proofs)
-    for claim in ("load saw no error", "e2fsck", "byte for byte", "have the checksums they had", "there after the undo"):
+    for claim in ("load saw no error", "e2fsck", "byte for byte", "the checksums they had", "there after the undo"):
         assert claim in claims, told
     assert "while copying, after the cutover, after the undo, after the commit" in claims, told
     verified = re.search(r"The load: (\d+) writes, (\d+) of them read back and checked, error 0", told)

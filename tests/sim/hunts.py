@@ -103,7 +103,7 @@ HUNTS: dict[str, Hunt] = {
         replace(LEADERS, slow_persist=0.5, zombie=1.0, trouble_at=(("copier flushed both", "kill leader", 0.6),))
     ),
     "done-holds": Hunt(replace(SWITCHING, verbs=("abort", "start", "cutover", "cutover"))),
-    "failed-write-voids": Hunt(replace(FAILING, hosts=2, message_s=0.05, io_s=0.03, duration_s=1.0)),
+    "failed-write-voids": Hunt(replace(DYING, copier_faults=0.0, trouble_at=(("copier flushed both", "target fails writes", 0.7),))),
     "failed-write-ends-window": Hunt(replace(FAILING, slow_ask=0.9)),
     "unsettled-fault-refuses-open": Hunt(
         replace(FAULTS, slow_ask=0.7, both_legs=1.0, regions=2, clients=5, think_s=0.02, fail_kinds=((0.4, 0.0),))
@@ -121,7 +121,7 @@ HUNTS: dict[str, Hunt] = {
     ),
     "switch-holds": Hunt(SWITCHING),
     "switch-set-then-release": Hunt(SWITCHING),
-    "clear-holds-reads": Hunt(replace(FAULTS, leg_faults=2.0, hosts=2, clients=6, message_s=0.1, read_share=0.9, regions=2, fail_kinds=((0.7, 0.0),))),
+    "clear-holds-reads": Hunt(replace(FAULTS, leg_faults=2.0, hosts=2, clients=6, message_s=0.1, read_share=0.75, flush_share=0.0, regions=2, fail_kinds=((0.7, 0.0),))),
     "void-waits-for-copier": Hunt(replace(COPYING, copier_stall=0.3, member_kill=1.0)),
     "quarantine": Hunt(LEADERS),
     "undo-zone-clear": Hunt(COMMITS),

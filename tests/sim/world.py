@@ -218,6 +218,9 @@ class World:
             self.kill_member(self.rng.choice(self.hosts))
         elif what == "kill copier":
             self.kill_copier()
+        elif what == "target fails writes":
+            self.disks[TARGET].fail_write = 0.7
+            self.at(0.15, lambda: setattr(self.disks[TARGET], "fail_write", 0.0))
         else:
             self.kill_leader(self.rng.random() < self.profile.zombie)
 

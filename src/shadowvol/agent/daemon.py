@@ -29,6 +29,7 @@ from shadowvol.link.triolink import TrioLink
 REQUEST_BYTES_MAX = 1 << 20
 BACKLOG = 64
 VOLUME_RESTART_S = 2.0
+DOWN_FINISH_LIMIT_S = 20.0
 
 _logger = logging.getLogger("shadowvol.agent")
 
@@ -67,6 +68,16 @@ class Agent:
                 continue
             if state.up:
                 self.bring_up(config)
+            elif not locks.is_free(self.home.member_lock(name)):
+                assert self._nursery is not None
+                self._nursery.start_soon(self._finish_down, config)
+
+    async def _finish_down(self, config: VolumeConfig) -> None:
+        """An agent ended in the middle of `down`: the member it left serves nobody, and must not outlive the volume."""
+        _logger.warning("%s: finishing a down that was under way", config.name)
+        volume = self.bring_up(config)
+        await volume.wait_serving(DOWN_FINISH_LIMIT_S)
+        await volume.take_down(force=True)
 
     def bring_up(self, config: VolumeConfig) -> Volume:
         """Start serving the volume on this host, if it is not being served already."""

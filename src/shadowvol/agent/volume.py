@@ -131,9 +131,7 @@ class Volume:
             _logger.info("%s: leading, epoch %d, phase %s", self.name, engine.epoch, engine.phase)
             assert self.plane is not None
             if self.plane.incarnation is not None:
-                if engine.unresolved.get(self.host, self.plane.incarnation) != self.plane.incarnation:
-                    engine.on_member_gone(self.host, self._log.runs(), trio.current_time())
-                engine.on_member_up(self.host, self.plane.incarnation, trio.current_time())
+                self._meet_member(engine, self.plane.incarnation)
             elif self.host in engine.unresolved and self.plane.proven_dead:
                 engine.on_member_gone(self.host, self._log.runs(), trio.current_time())
             self._pump()
@@ -311,8 +309,15 @@ class Volume:
 
     def _member_up(self, incarnation: int) -> None:
         if self.engine is not None:
-            self.engine.on_member_up(self.host, incarnation, trio.current_time())
+            self._meet_member(self.engine, incarnation)
             self._pump()
+
+    def _meet_member(self, engine: LeaderEngine, incarnation: int) -> None:
+        """A member's link is up. It holds NAME.lock, so one that is recorded with another incarnation is dead: it may
+        have died before this leadership began, when nobody could be told."""
+        if engine.unresolved.get(self.host, incarnation) != incarnation:
+            engine.on_member_gone(self.host, self._log.runs(), trio.current_time())
+        engine.on_member_up(self.host, incarnation, trio.current_time())
 
     def _member_gone(self) -> None:
         """Its lock was in our hands: nothing of it can still land."""

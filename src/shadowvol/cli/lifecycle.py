@@ -4,7 +4,7 @@ from functools import partial
 
 import click
 
-from shadowvol.agent import client
+from shadowvol.agent import client, locks
 from shadowvol.agent.daemon import run_agent
 from shadowvol.agent.volumes import FAILED, VerbError, create_volume, delete_volume
 from shadowvol.cli.invocation import Invocation, pass_invocation
@@ -129,6 +129,9 @@ def delete(invocation: Invocation, name: str, force: bool) -> None:
     record = invocation.record(name)
     if force and record.state.up and record.state.phase in ("setup", "committed"):
         invocation.call("down", name, {"force": True})
+    lock = invocation.settings.home.member_lock(name)
+    if lock.exists() and not locks.is_free(lock):
+        raise VerbError(FAILED, f"a member of volume {name} still runs here; end it first: shadowvol up {name}, then down")
     invocation.on_record(lambda coordinator: delete_volume(coordinator, name, force))
 
 

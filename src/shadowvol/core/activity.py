@@ -114,11 +114,10 @@ class Activity:
     def idle_zones(self, now_s: float) -> list[int]:
         """Logged zones without a write in flight whose last write is long enough ago."""
         limit = EAGER_IDLE_S if len(self.logged) > SOFT_LIMIT_ZONES else self.idle_s
-        inflight: dict[int, int] = {} if "unlog-not-inflight" in self._omit else self._inflight
         return [
             zone
             for zone in self.logged
-            if zone not in inflight and now_s - self._last_write_s.get(zone, -limit) >= limit
+            if zone not in self._inflight and now_s - self._last_write_s.get(zone, -limit) >= limit
         ]
 
     def take_cleanable(self, now_s: float) -> list[int]:

@@ -3,6 +3,11 @@
 Each runs alone in the leader's exclusive queue and has the same shape: hold at every member what must not happen
 meanwhile; make the change durable; tell every member; let go. So a member never sees half a change, and one
 that joins, or a leader that takes over, needs no knowledge of what its predecessor was in the middle of.
+
+Doubt. When the flush of a region's only ok leg fails, the application is told, and the leg stays ok: there is no better
+one. But its medium may show older data after a power loss although every later flush succeeds, so a copy made
+of it would not stay equal to it. Such regions are recorded as doubtful; the window that copies one makes the *copy*
+its only ok leg (windows.done), and the next window writes the doubtful leg anew.
 """
 
 from typing import TYPE_CHECKING
@@ -44,6 +49,7 @@ def sync(leader: "LeaderEngine") -> Steps:
     #    a transition not committed aborted, joiners registered.
     joined: dict[str, int] = {}
     recovered: list[str] = []
+    doubtful: list[tuple[tuple[Run, ...], ...]] = []
     changed = RegionMap(len(leader.map), bytes(leader.map.bits))
     void = leader.void_windows("membership changed") if "crash-voids" not in leader.omit else []
 
@@ -55,6 +61,7 @@ def sync(leader: "LeaderEngine") -> Steps:
             _recover(leader, changed, _zone_regions(leader, zones))
         for leg, zones in faults:
             _clear(leader, changed, [(leg, zones)])
+        doubtful.append(_doubtful(leader, changed, faults))
         gone_keys = tuple(leader.keys.member(host) for host in recovered if host not in joined)
         logs = tuple(leader.keys.activity(host) for host in {*recovered})
         windows = tuple(leader.keys.window(window.id) for window in void)
@@ -64,7 +71,7 @@ def sync(leader: "LeaderEngine") -> Steps:
         members = tuple((leader.keys.member(host), encode_member(number)) for host, number in joined.items())
         everything: list[Run] = [(0, len(changed))]
         return leader.txn(
-            state=leader.state,
+            state=leader.change_state(doubtful=doubtful[-1]),
             new_map=changed,
             chunks=everything if recovered or faults else None,
             puts=members,
@@ -82,6 +89,7 @@ def sync(leader: "LeaderEngine") -> Steps:
     if not persisted:
         return
     leader.map.bits[:] = changed.bits
+    leader.state = leader.change_state(doubtful=doubtful[-1])
     leader.transition = None
     for host in recovered:
         leader.gone.pop(host, None)
@@ -149,17 +157,26 @@ def clear(leader: "LeaderEngine") -> Steps:
                 leader.leg_failed(leg, f"{ask.want.operation} on {host}: {ask.want.error}")
                 if not both or leg != leader.state.preferred:
                     legs.append((leg, zones))
-            flush_failed |= ask.want.operation == "flush" and "flush-failure-voids" not in leader.omit
+            flush_failed |= ask.want.operation == "flush"
         elif isinstance(ask.want, ClearUndo):
             legs.append((SOURCE, ask.want.zones))
-    voiding = [fault for host, ask in batch if isinstance(ask.want, Fault) for fault in ask.want.legs]
-    yield from clear_bits(leader, legs, voiding=voiding, void_all=flush_failed)
+    told = [(ask.want, fault) for _, ask in batch if isinstance(ask.want, Fault) for fault in ask.want.legs]
+    doubts = [fault for want, fault in told if want.operation == "flush"]
+    if leader.state.phase is Phase.COMMITTED:
+        # What the target lost since the commit, the source may still have: an undo must not spare those zones.
+        legs += [(SOURCE, zones) for leg, zones in doubts if leg == TARGET]
+    yield from clear_bits(leader, legs, voiding=[fault for _, fault in told], void_all=flush_failed, doubts=doubts)
     for host, ask in batch:
         leader.emit(SendTo(host, Reply(ask.incarnation, ask.number)))
 
 
 def clear_bits(
-    leader: "LeaderEngine", faults: FaultLegs, *, voiding: FaultLegs | None = None, void_all: bool = False
+    leader: "LeaderEngine",
+    faults: FaultLegs,
+    *,
+    voiding: FaultLegs | None = None,
+    void_all: bool = False,
+    doubts: FaultLegs | None = None,
 ) -> Steps:
     """Clear each leg's bits in its zones, where the other leg is ok, and void the windows there.
 
@@ -175,7 +192,8 @@ def clear_bits(
         for leg in (SOURCE, TARGET)
         if (runs := _cleared_runs(leader.map, changed, leg, _regions(leader, [f for f in faults if f[0] == leg])))
     ]
-    if not cleared and not void:
+    doubtful = _doubtful(leader, changed, doubts or [])
+    if not cleared and not void and doubtful == leader.state.doubtful:
         return
     moving = [run for leg, runs in cleared if leg == leader.state.preferred for run in runs]
     if moving and "clear-holds-reads" not in leader.omit:
@@ -184,12 +202,14 @@ def clear_bits(
     def build() -> Txn:
         now = [run for _, runs in cleared for run in runs]
         keys = tuple(leader.keys.window(window.id) for window in void)
-        return leader.txn(state=leader.state, new_map=changed, chunks=now, deletes=keys)
+        state = leader.change_state(doubtful=doubtful)
+        return leader.txn(state=state, new_map=changed, chunks=now, deletes=keys)
 
     persisted = yield Persist(build)
     if not persisted:
         return
     leader.map.bits[:] = changed.bits
+    leader.state = leader.change_state(doubtful=doubtful)
     for window in void:
         leader.void(window, "a leg failed in it")
     yield AskAll(SetState(changes=tuple((leg, False, runs) for leg, runs in cleared)), "x")
@@ -218,6 +238,15 @@ def copier_flush_failed(leader: "LeaderEngine", legs: list[int], error: str) -> 
         leader.void(window, f"the copier's flush failed: {error}")
     for leg in legs:
         yield AskAll(LegLost(leg, error), "x")
+
+
+def _doubtful(leader: "LeaderEngine", changed: RegionMap, faults: FaultLegs) -> tuple[tuple[Run, ...], ...]:
+    """The doubtful regions with those added where a faulty leg stays the only ok one."""
+    doubtful = [list(runs) for runs in leader.state.doubtful]
+    for leg, zones in faults:
+        for lo, hi in _zone_regions(leader, zones):
+            doubtful[leg] += changed.runs_equal(1 << leg, lo, hi)
+    return tuple(tuple(merge_runs(runs)) for runs in doubtful)
 
 
 def _clear(leader: "LeaderEngine", changed: RegionMap, faults: FaultLegs) -> None:

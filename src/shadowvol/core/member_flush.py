@@ -61,7 +61,8 @@ class MemberFlush(MemberState):
         else:
             self._end_flush(ticket)
         if request is not None:
-            self._answer(request, {"failed": sorted(failed)})
+            unsettled = self.activity.unsettled_flush_failures and "doubt-flips" not in self.omit
+            self._answer(request, {"failed": [SOURCE, TARGET] if unsettled else sorted(failed)})
 
     def _settle_flush(self, ticket: FlushTicket) -> None:
         self.activity.unsettled_flush_failures -= 1

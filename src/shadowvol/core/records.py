@@ -81,6 +81,7 @@ class VolumeState:
     last_error: str | None = None
     last_switch_pause_ms: float | None = None
     window_number: int = 0  # the last window id given out; ids never repeat
+    doubtful: tuple[tuple[Run, ...], ...] = ((), ())  # per leg, regions: see changes.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,8 @@ def decode_config(value: bytes) -> VolumeConfig:
 
 def decode_state(value: bytes) -> VolumeState:
     fields = json.loads(value)
-    return replace(VolumeState(**fields), phase=Phase(fields["phase"]))
+    doubtful = tuple(tuple((lo, hi) for lo, hi in runs) for runs in fields.pop("doubtful", ((), ())))
+    return replace(VolumeState(**fields), phase=Phase(fields["phase"]), doubtful=doubtful)
 
 
 def _decode_window(value: bytes) -> WindowRecord:

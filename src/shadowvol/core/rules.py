@@ -1,8 +1,9 @@
 """The † rules: each order rule that loses acknowledged data when it is left out, by name.
 
 Engines take `omit`, a set of these names, empty in the product; a test build leaves one out and the simulator
-must then find lost or differing data (tests/sim/test_rules.py prints the table). The rule is obeyed at the one
-place that asks `name in omit`; there is no other copy of it.
+must then find lost or differing data (tests/sim/test_rules.py; docs/decisions/0004 has the table). The rule is obeyed at
+the one place that asks `name in omit`; there is no other copy of it. BY_CONSTRUCTION holds the rules that follow
+from others, so that nothing is left to leave out.
 """
 
 from typing import Final
@@ -16,12 +17,11 @@ RULES: Final[dict[str, str]] = {
     "new-member-all-dirty": "a new member incarnation takes every leg as dirty",
     "log-before-mirrored": "a zone is durably in the activity log before the first mirrored write",
     "unlog-only-clean": "a zone leaves the activity log only when both legs were flushed since its last write",
-    "unlog-not-inflight": "a zone with a write in flight does not leave the activity log",
+    "unlog-not-unsettled": "no zone leaves the activity log while the fault of a failed write is not settled",
     "unlog-own-set-first": "a zone leaves the member's own set before its durable removal, and returns only after it",
     "open-drains": "OPEN is answered when writes admitted before are finished",
     "open-all-members": "copying begins when every member has answered OPEN",
     "open-repeat-keeps": "a repeated OPEN changes nothing",
-    "touch-on-completion": "blocks are touched when admitted and again when completed",
     "touched-keeps-inflight": "TOUCHED forgets only blocks with no write in flight",
     "hold-drains": "HOLD is answered when the writes in flight on these blocks are finished",
     "hold-union": "HOLD and recopy cover the union of all members' touched blocks",
@@ -29,6 +29,7 @@ RULES: Final[dict[str, str]] = {
     "hold-limit-tells": "a member whose hold ran out says so at RELEASE",
     "flush-both-legs": "both legs are flushed before the bits are set (D1)",
     "flush-copier": "the copier flushes its own connection before the bits are set (D1)",
+    "flush-copier-session": "a window's flush counts only from the run of the copier that copied it",
     "flush-members": "every member flushes its connections before the bits are set (D1)",
     "window-record-compare": "the bits are persisted only while the window's record is still there",
     "epoch-compare": "every change of the record compares the epoch",
@@ -38,7 +39,6 @@ RULES: Final[dict[str, str]] = {
     "unsettled-fault-refuses-open": "OPEN is refused while a failed write there is not settled",
     "flush-error-owed": "a flush error of a last ok leg reaches the application, whoever's flush saw it",
     "crash-voids": "the recovery of a member voids every open window",
-    "flush-failure-voids": "a failed flush voids the open windows",
     "recovery-clears": "recovery clears the non-preferred bit in the crashed member's logged zones",
     "recovery-only-both": "recovery clears only where both bits are set",
     "recovery-same-txn": "recovery clears the bits in the transaction that empties the log",
@@ -50,8 +50,19 @@ RULES: Final[dict[str, str]] = {
     "undo-zone-clear": "after commit --keep-undo, source_ok is durably cleared before the first target-only write",
     "fresh-dropped": "a region that was overwritten whole is no longer fresh after a failed write, flush or window",
     "fresh-one-member": "fresh regions are spared their copy only where there is exactly one member",
+    "drop-ends-fresh": "a region is not fresh where the copier of a void window could still write after the mark",
+    "doubt-flips": "a region whose only ok leg failed a flush counts as ok on its copy alone until that leg was written anew",
     "join-state-after-register": "a joining member is registered before it is given the state",
     "done-before-clear": "changes of the map and of preferred happen one after the other, each confirmed by all",
+}
+
+BY_CONSTRUCTION: Final[dict[str, str]] = {
+    "unlog-not-inflight": "a write marks its zone dirty at admission, and flush-counts-inflight keeps it dirty while it is in"
+    " flight; only clean zones leave the log",
+    "touch-on-completion": "TOUCHED keeps the blocks of writes in flight (touched-keeps-inflight), CLOSE forgets nothing, and"
+    " OPEN drains what was admitted before it; so a block is still touched when its write completes",
+    "flush-failure-voids": "whoever's writes a failed flush loses is told so itself, at its own flush of step 7, and fails the"
+    " window then (a member restarted since: crash-voids; a copier: flush-copier-session); voiding at once only saves time",
 }
 
 NONE_OMITTED: Final[frozenset[str]] = frozenset()

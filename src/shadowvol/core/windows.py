@@ -10,6 +10,7 @@ clean for good (later writes are mirrored, nothing old can follow), so the parts
 longest hold of one write has a bound that does not depend on how fast the application writes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -269,26 +270,32 @@ def done(leader: "LeaderEngine", window: Window, subject: str = "x") -> Steps:
     """Steps 7 (persist) and 8 (DONE), in the exclusive queue. Outcome: the bits are set."""
     check = "window-record-compare" not in leader.omit
     changed = leader.map.copy()
+    in_doubt = [] if "doubt-flips" in leader.omit else _common(window.runs, leader.state.doubtful[window.from_leg])
+    certain = tuple(
+        tuple(_less(list(runs), in_doubt)) if leg == window.from_leg else runs
+        for leg, runs in enumerate(leader.state.doubtful)
+    )
 
     def build() -> Txn | None:
         if check and window.void_reason:
             return None
         changed.bits[:] = leader.map.bits
         changed.set_ok(window.to_leg, window.runs)
+        changed.clear_ok(window.from_leg, in_doubt)
         key = leader.keys.window(window.id)
         compares = (Compare(key, Holds.PRESENT),) if check else ()
-        return leader.txn(
-            state=leader.state, new_map=changed, chunks=window.runs, deletes=(key,), compares=compares
-        )
+        state = leader.change_state(doubtful=certain)
+        return leader.txn(state=state, new_map=changed, chunks=window.runs, deletes=(key,), compares=compares)
 
     persisted = yield Persist(build, may_fail=False)
     if not persisted:
         return False
     leader.map.bits[:] = changed.bits
+    leader.state = leader.change_state(doubtful=certain)
     window.recorded = False
-    reads_move = window.to_leg == leader.state.preferred
+    reads_move = window.to_leg == leader.state.preferred or bool(in_doubt)
     if reads_move:
-        answers = yield AskAll(Freeze(window.runs, reads=False, writes=True), subject)
+        answers = yield AskAll(Freeze(window.runs, reads=bool(in_doubt), writes=True), subject)
         faults = [(leg, [(lo, hi) for lo, hi in runs]) for a in answers.values() for leg, runs in a["faults"]]
         if faults:
             # A failed write that is not settled yet: no member may read its leg there once another reads the other.
@@ -369,18 +376,27 @@ def _without_fresh(leader: "LeaderEngine", window: Window, answers: dict[str, di
     if not leader.single_member() and "fresh-one-member" not in leader.omit:
         return window.runs
     fresh = merge_runs([(lo, hi) for answer in answers.values() for lo, hi in answer.get("fresh", [])])
-    todo: list[Run] = []
-    for lo, hi in window.runs:
+    return _less(window.runs, fresh)
+
+
+def _less(runs: list[Run], taken: list[Run]) -> list[Run]:
+    """`runs` without `taken`; both sorted and merged."""
+    left: list[Run] = []
+    for lo, hi in runs:
         position = lo
-        for first, last in fresh:
+        for first, last in taken:
             if last <= lo or first >= hi:
                 continue
             if first > position:
-                todo.append((position, first))
+                left.append((position, first))
             position = max(position, last)
         if position < hi:
-            todo.append((position, hi))
-    return todo
+            left.append((position, hi))
+    return left
+
+
+def _common(runs: list[Run], others: Sequence[Run]) -> list[Run]:
+    return [(max(lo, a), min(hi, b)) for lo, hi in runs for a, b in others if a < hi and lo < b]
 
 
 def _union(leader: "LeaderEngine", window: Window, answers: dict[str, dict[str, Any]]) -> list[Run]:
