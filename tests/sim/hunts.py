@@ -134,5 +134,18 @@ HUNTS: dict[str, Hunt] = {
             trouble_at=(("member started", "kill leader", 0.7),), trouble_s=0.3,
         )  # fmt: skip
     ),
+    "flushes-end-together": Hunt(
+        replace(
+            STILL, start_at_once=False, regions=2, clients=4, flush_share=0.5, read_share=0.0, io_s=0.03, leg_faults=5.0,
+            flush_faults=1.0, trouble_at=(("flush answered", "power", 0.1),), shared_cache=1.0,
+        )  # fmt: skip
+    ),
+    "doubt-flips": Hunt(
+        replace(
+            COPYING, leg_faults=8.0, flush_faults=1.0, flush_share=0.1, writes_end_s=0.3, duration_s=3.0,
+            trouble_at=(("bits set", "power", 0.3),),
+        )  # fmt: skip
+    ),
+    "switch-drains-reads": Hunt(replace(SWITCHING, io_s=0.3)),
     "done-before-clear": Hunt(replace(FAULTS, hosts=2, message_s=0.03)),
 }

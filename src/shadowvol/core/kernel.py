@@ -29,7 +29,6 @@ from shadowvol.core.steps import (
     Effect,
     Exclusive,
     Persist,
-    Probe,
     SendTo,
     Step,
     Steps,
@@ -185,10 +184,8 @@ class Kernel:
             self._job += 1
             task.job = self._job
             if not self.copier_up:
-                failed: Any = CopyResult(False, error="the copier is not running")
-                if isinstance(step, CopierFlush):
-                    failed = {leg: "the copier is not running" for leg in step.legs}
-                self._resume(task, None if isinstance(step, Probe) else failed)
+                missing = CopyResult(False, error="the copier is not running")
+                self._resume(task, missing if isinstance(step, Copy) else None)
                 return
             self.copier_jobs[self._job] = task
             if isinstance(step, Copy):

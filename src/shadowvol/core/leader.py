@@ -19,11 +19,9 @@ from shadowvol.core.steps import (
     AskAll,
     Command,
     CommandDone,
-    CopierFlush,
     Copy,
     CopyResult,
     DoCancel,
-    Probe,
     SendTo,
     WaitFor,
     WindowVoid,
@@ -136,13 +134,8 @@ class LeaderEngine(Kernel):
         self.copier_session += up
         if not up:
             for job, task in list(self.copier_jobs.items()):
-                step = task.waiting
-                failed: Any = CopyResult(False, error="the copier stopped")
-                if isinstance(step, CopierFlush):
-                    failed = {leg: "the copier stopped" for leg in step.legs}
-                elif isinstance(step, Probe):
-                    failed = None
-                self.on_job_done(job, failed, now_s)
+                stopped = CopyResult(False, error="the copier stopped")
+                self.on_job_done(job, stopped if isinstance(task.waiting, Copy) else None, now_s)
         self._run_waiting()
 
     def on_old_copiers_stopped(self, now_s: float) -> None:

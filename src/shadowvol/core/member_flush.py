@@ -2,8 +2,8 @@
 
 A failed flush is a fault of every zone written since the leg's last good one; it is told to the leader, and the flush
 ends when the consequence is known everywhere. The kernel tells an open file of a failed write-back once, so the error
-must find its way to the application whoever's flush met it: flushes that overlap fail together, and the error of a
-last ok leg is owed (`_owed`) until a flush of the application has carried it.
+must find its way to the application whoever's flush met it: flushes that overlap are concluded together and fail
+together, and the error of a last ok leg is owed (`_owed`) until a flush of the application has carried it.
 """
 
 from shadowvol.core.legs import BOTH_OK, SOURCE, TARGET
@@ -28,20 +28,32 @@ class MemberFlush(MemberState):
         if "flush-set-when-failed" in self.omit:
             for leg in (SOURCE, TARGET):
                 ticket.zones[leg] = []
+        self._flushing.add(ticket)
         return ticket
 
     def finish_flush(self, ticket: FlushTicket, failed: dict[int, str]) -> None:
-        """`failed`: error text per leg. Settles the ticket, or will at the reply.
+        """`failed`: error text per leg. Settles the ticket, or will: after the flushes now in flight, and the reply."""
+        self._flushing.discard(ticket)
+        for leg in failed:
+            self._flush_failed_at[leg] = self.activity.capture()
+        ticket.failed = failed
+        together = "flushes-end-together" not in self.omit
+        self._finished.append((ticket, set(self._flushing) if together else set()))
+        waiting, self._finished = self._finished, []
+        for each, in_flight in waiting:
+            in_flight.discard(ticket)
+            if in_flight:
+                self._finished.append((each, in_flight))
+            else:
+                self._conclude(each)
 
-        The kernel tells an open file of a failed write-back once, so of several flushes only one sees the error:
-        those that overlap it fail with it, and the error of a flush of our own is owed to the application's next."""
+    def _conclude(self, ticket: FlushTicket) -> None:
+        """The flush and all that overlapped its end have ended: what has it done?"""
+        failed = ticket.failed
         for leg in (SOURCE, TARGET):
             overtaken = self._flush_failed_at[leg] > ticket.capture and "flush-error-owed" not in self.omit
             if ticket.legs & (1 << leg) and overtaken and leg not in failed:
                 failed[leg] = "a flush at the same time failed"
-        for leg in failed:
-            self._flush_failed_at[leg] = self.activity.capture()
-        ticket.failed = failed
         for leg in (SOURCE, TARGET):
             if ticket.legs & (1 << leg) and leg not in failed:
                 self.activity.flushed(leg, ticket.capture)
@@ -75,7 +87,6 @@ class MemberFlush(MemberState):
                     ticket.error = ticket.failed[leg]  # whose flush it was hears of it, nobody else
                 elif still_ok and "flush-failure-clears" not in self.omit:
                     self._owed[leg] = ticket.failed[leg]
-                    self._flush_failed_at[leg] = self.activity.capture()
         self._end_flush(ticket)
 
     def _end_flush(self, ticket: FlushTicket) -> None:

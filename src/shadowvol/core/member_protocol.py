@@ -104,8 +104,7 @@ class MemberProtocol(MemberFlush):
         if isinstance(body, Freeze):
             self._obey_freeze(request, body)
         elif isinstance(body, SetState):
-            self._set_state(body)
-            self._answer(request, {})
+            self._obey_set_state(request, body)
         elif isinstance(body, Thaw):
             self._freeze = None
             self._answer(request, {})
@@ -158,6 +157,20 @@ class MemberProtocol(MemberFlush):
             self._answer(request, {"faults": faults})
 
         self.inflight.drain(extents, reads=body.reads and hold, writes=body.writes and hold, done=drained)
+
+    def _obey_set_state(self, request: Request, body: SetState) -> None:
+        """Answered when no read that was admitted before goes on where reads have moved: writes will be let go then,
+        and it could return a write that the new leg does not have yet."""
+        everywhere: list[Run] = [(0, len(self.own))]
+        runs = [run for _, _, runs in body.changes for run in runs] if body.preferred is None else everywhere
+        before = self._read_legs(runs)
+        self._set_state(body)
+        moved = [run for run, old, new in zip(runs, before, self._read_legs(runs), strict=True) if old != new]
+        if moved and "switch-drains-reads" not in self.omit:
+            extents = [self.geometry.region_extent(*run) for run in moved]
+            self.inflight.drain(extents, reads=True, writes=False, done=lambda: self._answer(request, {}))
+        else:
+            self._answer(request, {})
 
     def _set_state(self, body: SetState) -> None:
         if body.phase is not None:

@@ -18,9 +18,10 @@ from shadowvol.core.geometry import Geometry, Run, merge_runs, overlaps, runs_of
 from shadowvol.core.inflight import InFlight
 from shadowvol.core.legs import BOTH_OK, LEG_NAMES, S_OK, SOURCE, T_OK, Phase
 from shadowvol.core.messages import Answer, Ask, ClearUndo, Fault, Freeze, LogZones, Request
-from shadowvol.core.route import FRESH, SLOW, equal_runs, published_table
+from shadowvol.core.route import FRESH, READ_TARGET, SLOW, equal_runs, published_table
 from shadowvol.core.rules import NONE_OMITTED
 
+_READ_LEG = bytes(byte & READ_TARGET for byte in range(256))
 APPLICATION = 0  # token of a flush that the application asked for; DoFlush has tokens of its own
 
 
@@ -141,6 +142,8 @@ class MemberState:
         self._undo_kept = False
         self._flush_tokens: dict[int, Request] = {}
         self._flush_failed_at = [0, 0]  # activity clock of each leg's last failed flush
+        self._flushing: set[FlushTicket] = set()
+        self._finished: list[tuple[FlushTicket, set[FlushTicket]]] = []  # with the flushes in flight at its end
         self._flushes_ending: list[FlushTicket] = []
         self._owed: dict[int, str] = {}  # flush errors of last ok legs that no application flush has been told yet
         self._prepare_tokens: dict[int, Request] = {}
@@ -186,6 +189,9 @@ class MemberState:
         off = bytes(value & ~(1 << leg) for value in range(256))
         for lo, hi in runs:
             self.own[lo:hi] = self.own[lo:hi].translate(on if ok else off)
+
+    def _read_legs(self, runs: list[Run]) -> list[bytearray]:
+        return [self.table[lo:hi].translate(_READ_LEG) for lo, hi in runs]
 
     def _publish(self, runs: list[Run]) -> None:
         for lo, hi in runs:

@@ -1,9 +1,9 @@
 """The † rules: each order rule that loses acknowledged data when it is left out, by name.
 
 Engines take `omit`, a set of these names, empty in the product; a test build leaves one out and the simulator
-must then find lost or differing data (tests/sim/test_rules.py; docs/decisions/0004 has the table). The rule is obeyed at
-the one place that asks `name in omit`; there is no other copy of it. BY_CONSTRUCTION holds the rules that follow
-from others, so that nothing is left to leave out.
+must then find lost or differing data (tests/sim/test_rules.py; docs/decisions/0004 has the table). The rule is obeyed
+at the places that ask `name in omit`; there is no other copy of it. BY_CONSTRUCTION holds the rules that follow from
+others, so that nothing is left to leave out.
 """
 
 from typing import Final
@@ -51,18 +51,24 @@ RULES: Final[dict[str, str]] = {
     "fresh-dropped": "a region that was overwritten whole is no longer fresh after a failed write, flush or window",
     "fresh-one-member": "fresh regions are spared their copy only where there is exactly one member",
     "drop-ends-fresh": "a region is not fresh where the copier of a void window could still write after the mark",
-    "doubt-flips": "a region whose only ok leg failed a flush counts as ok on its copy alone until that leg was written anew",
+    "doubt-flips": "a region whose only ok leg failed a flush is ok on its copy alone, until that leg is written anew",
     "join-state-after-register": "a joining member is registered before it is given the state",
     "done-before-clear": "changes of the map and of preferred happen one after the other, each confirmed by all",
 }
 
 BY_CONSTRUCTION: Final[dict[str, str]] = {
-    "unlog-not-inflight": "a write marks its zone dirty at admission, and flush-counts-inflight keeps it dirty while it is in"
-    " flight; only clean zones leave the log",
-    "touch-on-completion": "TOUCHED keeps the blocks of writes in flight (touched-keeps-inflight), CLOSE forgets nothing, and"
-    " OPEN drains what was admitted before it; so a block is still touched when its write completes",
-    "flush-failure-voids": "whoever's writes a failed flush loses is told so itself, at its own flush of step 7, and fails the"
-    " window then (a member restarted since: crash-voids; a copier: flush-copier-session); voiding at once only saves time",
+    "unlog-not-inflight": (
+        "a write marks its zone dirty at admission, flush-counts-inflight keeps it dirty while it is in flight, "
+        "and only clean zones leave the log"
+    ),
+    "touch-on-completion": (
+        "TOUCHED keeps the blocks of writes in flight (touched-keeps-inflight), CLOSE forgets nothing, and OPEN drains "
+        "what was admitted before it; so a block is still touched when its write completes"
+    ),
+    "flush-failure-voids": (
+        "whoever's writes a failed flush loses is told so at its own flush of step 7, which fails the window (a member "
+        "restarted since: crash-voids; a copier: flush-copier-session); voiding all windows at once only saves time"
+    ),
 }
 
 NONE_OMITTED: Final[frozenset[str]] = frozenset()

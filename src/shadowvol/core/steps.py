@@ -40,7 +40,7 @@ class Copy:
 
 @dataclass(slots=True)
 class CopierFlush:
-    """Flush legs on the copier's own connections. Outcome: {leg: error}."""
+    """Flush legs on the copier's own connections. Outcome: {leg: error}, or None: the copier has stopped."""
 
     legs: tuple[int, ...]
 

@@ -155,6 +155,8 @@ def picker(leader: "LeaderEngine") -> Steps:
         from_leg = SOURCE if value == S_OK else TARGET
         start, end = leader.geometry.region_extent(lo, hi)
         stop = yield Probe(from_leg, start, end, leader.limits.window_bytes)
+        if stop is None and not leader.copier_up:
+            continue
         if stop is None:
             leader.leg_failed(from_leg, "its extents cannot be read")
             leader.backoff.failed(leader.now_s, f"{LEG_NAMES[from_leg]}: extents cannot be read")
@@ -365,6 +367,8 @@ def _flush_copier(leader: "LeaderEngine", window: Window, legs: tuple[int, ...])
     if window.copier_session not in (None, leader.copier_session) and "flush-copier-session" not in leader.omit:
         raise WindowFailed("the copier was restarted: the flush of another one proves nothing")
     failed = yield CopierFlush(legs)
+    if failed is None:
+        raise WindowFailed("the copier stopped")
     if failed:
         leg, error = next(iter(failed.items()))
         leader.queue_exclusive(changes.copier_flush_failed(leader, sorted(failed), error), "copier flush failed")
