@@ -1,4 +1,4 @@
-"""kill -9 of any process, during the copy and when synced, under clients that reconnect: nothing acknowledged is lost."""
+"""kill -9 of any process, in the copy and when synced, under clients that reconnect: nothing acknowledged is lost."""
 
 import random
 from pathlib import Path

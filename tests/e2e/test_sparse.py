@@ -58,7 +58,7 @@ def test_a_tebibyte_nearly_empty_is_synced_soon_with_little_memory(
     assert status["copy"]["bytes_copied"] < 64 * MIB
     with source.open("rb") as ours, volume.target.open("rb") as theirs:
         for index in range(8):
-            for file in (ours, theirs):
-                file.seek(index * (TIB // 8))
+            ours.seek(index * (TIB // 8))
+            theirs.seek(index * (TIB // 8))
             assert ours.read(MIB) == theirs.read(MIB)
     assert written_size(volume.target) < 64 * MIB

@@ -110,8 +110,9 @@ HUNTS: dict[str, Hunt] = {
     ),
     "flush-error-owed": Hunt(
         replace(
-            COPYING, leg_faults=6.0, flush_faults=1.0, flush_share=0.3, trouble_at=(("flush answered", "power", 0.05),)
-        )
+            COPYING, copy_s=0.01, duration_s=1.0, flush_share=0.1, trouble_s=0.05,
+            trouble_at=(("copier flushed both", "flushes fail", 0.7), ("flush answered", "power", 0.2)),
+        )  # fmt: skip
     ),
     "crash-voids": Hunt(DYING),
     "recovery-clears": Hunt(replace(MIRRORED, member_kill=1.0)),
@@ -142,8 +143,8 @@ HUNTS: dict[str, Hunt] = {
     ),
     "doubt-flips": Hunt(
         replace(
-            COPYING, leg_faults=8.0, flush_faults=1.0, flush_share=0.1, writes_end_s=0.3, duration_s=3.0,
-            trouble_at=(("bits set", "power", 0.3),),
+            POWER, flush_share=0.3, shared_cache=1.0, writes_end_s=0.3, copy_s=0.04, trouble_s=0.2,
+            trouble_at=(("window opened", "flushes fail", 0.7), ("bits set", "power", 0.5)),
         )  # fmt: skip
     ),
     "switch-drains-reads": Hunt(replace(SWITCHING, io_s=0.3)),

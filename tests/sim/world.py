@@ -218,6 +218,10 @@ class World:
             self.kill_member(self.rng.choice(self.hosts))
         elif what == "kill copier":
             self.kill_copier()
+        elif what == "flushes fail":
+            for disk in self.disks:
+                disk.fail_flush = 1.0
+                self.at(0.1, lambda disk=disk: setattr(disk, "fail_flush", 0.0))  # type: ignore[misc]
         elif what == "target fails writes":
             self.disks[TARGET].fail_write = 0.7
             self.at(0.15, lambda: setattr(self.disks[TARGET], "fail_write", 0.0))
@@ -663,6 +667,8 @@ class World:
             self.event("bits set")
         if ok and leader is not self.leader and "leader" in puts:
             self.coverage["change by a leader that was cut off"] += 1
+        if ok and any(key.startswith("windows/") for key in puts):
+            self.event("window opened")
         if ok and deletes and not puts and all(key.startswith("activity/") for key in deletes):
             self.event("log emptied apart")
         if ok and "transition" in puts and "state" in puts:

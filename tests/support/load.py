@@ -214,7 +214,7 @@ class KeepingClient:
                 return connection
             except nbd.Error as error:
                 lost = connection is None or connection.aio_is_dead() or connection.aio_is_closed()
-                lost = lost or not connection.aio_is_ready()
+                lost = lost or (connection is not None and not connection.aio_is_ready())
                 if not lost or time.monotonic() > deadline_s:
                     raise
                 connection = None

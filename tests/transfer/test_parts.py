@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ TIB = 1 << 40
 
 def test_messages_survive_any_cut_of_the_stream() -> None:
     """Byte by byte or all at once, the same messages come out, in order."""
-    messages = [{"cmd": "copy", "ranges": [[0, 1], [5, 6]]}, {"text": "zwölf\nzeilen"}, {}]
+    messages: list[dict[str, Any]] = [{"cmd": "copy", "ranges": [[0, 1], [5, 6]]}, {"text": "zwölf\nzeilen"}, {}]
     stream = b"".join(encode(message) for message in messages)
     for step in (1, 2, 7, len(stream)):
         buffer = LineBuffer()
@@ -128,7 +129,7 @@ def pieces(
     source: Leg, target: Leg, ranges: list[tuple[int, int]], piece_bytes: int = MIB
 ) -> list[tuple[str, int, int]]:
     planner = Planner(source, target, ranges)
-    found = []
+    found: list[tuple[str, int, int]] = []
     while (piece := planner.next_piece(lambda: piece_bytes, may_zero_far=True)) is not None:
         assert piece.index == len(found)
         found.append((piece.kind.value, piece.offset, piece.length))
