@@ -110,8 +110,8 @@ HUNTS: dict[str, Hunt] = {
     ),
     "flush-error-owed": Hunt(
         replace(
-            COPYING, copy_s=0.01, duration_s=1.0, flush_share=0.1, trouble_s=0.05,
-            trouble_at=(("copier flushed both", "flushes fail", 0.7), ("flush answered", "power", 0.2)),
+            COPYING, regions=16, copy_s=0.01, duration_s=1.0, flush_share=0.3, trouble_s=0.02,
+            trouble_at=(("copier flushed both", "flushes fail", 0.7), ("flush answered", "power", 0.1)),
         )  # fmt: skip
     ),
     "crash-voids": Hunt(DYING),
@@ -141,9 +141,15 @@ HUNTS: dict[str, Hunt] = {
             flush_faults=1.0, trouble_at=(("flush answered", "power", 0.1),), shared_cache=1.0,
         )  # fmt: skip
     ),
+    "flush-error-after-writes": Hunt(
+        replace(
+            STILL, start_at_once=False, clients=4, flush_share=0.4, read_share=0.0, io_s=0.1, leg_faults=5.0,
+            think_s=0.02, flush_faults=1.0, trouble_at=(("flush answered", "power", 0.3),), regions=8,
+        )  # fmt: skip
+    ),
     "doubt-flips": Hunt(
         replace(
-            POWER, flush_share=0.3, shared_cache=1.0, writes_end_s=0.3, copy_s=0.04, trouble_s=0.2,
+            POWER, flush_share=0.05, shared_cache=1.0, writes_end_s=0.3, copy_s=0.04, trouble_s=0.2, regions=8,
             trouble_at=(("window opened", "flushes fail", 0.7), ("bits set", "power", 0.5)),
         )  # fmt: skip
     ),

@@ -221,7 +221,7 @@ class World:
         elif what == "flushes fail":
             for disk in self.disks:
                 disk.fail_flush = 1.0
-                self.at(0.1, lambda disk=disk: setattr(disk, "fail_flush", 0.0))  # type: ignore[misc]
+                self.at(0.04, lambda disk=disk: setattr(disk, "fail_flush", 0.0))  # type: ignore[misc]
         elif what == "target fails writes":
             self.disks[TARGET].fail_write = 0.7
             self.at(0.15, lambda: setattr(self.disks[TARGET], "fail_write", 0.0))

@@ -39,13 +39,14 @@ class Ticket:
 
 
 class Drain:
-    """Calls `done` once all tickets of the snapshot have finished."""
+    """Calls `done` once all tickets of the snapshot have ended; `settled`: once they are settled, whoever leads."""
 
-    __slots__ = ("done", "waiting")
+    __slots__ = ("done", "settled", "waiting")
 
-    def __init__(self, waiting: set[int], done: Callable[[], None]) -> None:
+    def __init__(self, waiting: set[int], done: Callable[[], None], settled: bool) -> None:
         self.waiting = waiting
         self.done = done
+        self.settled = settled
 
 
 class InFlight:
@@ -72,15 +73,19 @@ class InFlight:
         return ticket
 
     def stopped(self, ticket: Ticket) -> None:
-        """The ticket's I/O has ended: drains no longer wait for it."""
-        if self._drains:
-            for drain in list(self._drains):
-                drain.waiting.discard(ticket.number)
-            self._fire()
+        """The ticket's I/O has ended: drains no longer wait for it, except those for settled ones."""
+        self._leave(ticket, settled=False)
 
     def remove(self, ticket: Ticket) -> None:
         (self.writes if ticket.kind == WRITE else self.reads).pop(ticket.number, None)
-        self.stopped(ticket)
+        self._leave(ticket, settled=True)
+
+    def _leave(self, ticket: Ticket, *, settled: bool) -> None:
+        if self._drains:
+            for drain in self._drains:
+                if settled or not drain.settled:
+                    drain.waiting.discard(ticket.number)
+            self._fire()
 
     def drain(self, extents: list[Run] | None, *, reads: bool, writes: bool, done: Callable[[], None]) -> None:
         """Call `done` when the I/O now in flight that touches `extents` (bytes; None: all) has ended; maybe at once."""
@@ -92,11 +97,17 @@ class InFlight:
                     for number, ticket in held.items()
                     if not ticket.failed and (extents is None or overlaps(extents, ticket.start, ticket.end))
                 )
-        self._drains.append(Drain(waiting, done))
+        self._drains.append(Drain(waiting, done, settled=False))
+        self._fire()
+
+    def when_settled(self, done: Callable[[], None]) -> None:
+        """Call `done` when the writes now in flight are settled; maybe at once."""
+        self._drains.append(Drain(set(self.writes), done, settled=True))
         self._fire()
 
     def forget_drains(self) -> None:
-        self._drains.clear()
+        """Those of an old leader's requests."""
+        self._drains = [drain for drain in self._drains if drain.settled]
 
     def _fire(self) -> None:
         for drain in [drain for drain in self._drains if not drain.waiting]:

@@ -3,8 +3,12 @@
 A failed flush is a fault of every zone written since the leg's last good one; it is told to the leader, and the flush
 ends when the consequence is known everywhere. The kernel tells an open file of a failed write-back once, so the error
 must find its way to the application whoever's flush met it: flushes that overlap are concluded together and fail
-together, and the error of a last ok leg is owed (`_owed`) until a flush of the application has carried it.
+together, and the error of a last ok leg is owed (`_owed`) until a flush of the application has carried it. It is told
+after the writes that were in flight: their bytes may be among the lost, and a write that is answered later would seem
+to be covered by a later flush.
 """
+
+from functools import partial
 
 from shadowvol.core.legs import BOTH_OK, SOURCE, TARGET
 from shadowvol.core.member_state import APPLICATION, FlushTicket, MemberState
@@ -69,7 +73,11 @@ class MemberFlush(MemberState):
             self.activity.unsettled_flush_failures += 1
             faults = () if "flush-failure-clears" in self.omit else tuple(sorted(ticket.zones.items()))
             text = "; ".join(failed.values())
-            self._tell_fault(faults, "flush", text, lambda: self._settle_flush(ticket))
+            if "flush-error-after-writes" in self.omit:
+                self._tell_fault(faults, "flush", text, lambda: self._settle_flush(ticket))
+            else:
+                settle = partial(self._settle_flush, ticket)
+                self._tell_fault(faults, "flush", text, partial(self.inflight.when_settled, settle))
         else:
             self._end_flush(ticket)
         if request is not None:
