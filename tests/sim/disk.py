@@ -58,6 +58,10 @@ class Disk:
                 self.limbo.pop(block, None)
         return True
 
+    def must_tell(self, opener: str) -> bool:
+        """A failed flush has lost writes, and this opener has not been told yet."""
+        return opener in self._untold
+
     def _take(self, owner: str) -> dict[int, list[Unflushed]]:
         """Remove and return what a flush of this owner covers."""
         if self.shared:

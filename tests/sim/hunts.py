@@ -147,10 +147,16 @@ HUNTS: dict[str, Hunt] = {
             think_s=0.02, flush_faults=1.0, trouble_at=(("flush answered", "power", 0.3),), regions=8,
         )  # fmt: skip
     ),
+    "settle-keeps-later": Hunt(
+        replace(
+            COPYING, copy_s=0.01, duration_s=0.8, whole_writes=0.5, leg_faults=10.0, flush_faults=1.0, flush_share=0.15,
+            slow_ask=0.6, shared_cache=1.0, think_s=0.05,
+        )  # fmt: skip
+    ),
     "doubt-flips": Hunt(
         replace(
-            POWER, flush_share=0.05, shared_cache=1.0, writes_end_s=0.3, copy_s=0.04, trouble_s=0.2, regions=8,
-            trouble_at=(("window opened", "flushes fail", 0.7), ("bits set", "power", 0.5)),
+            STILL, start_at_once=False, commands=3.0, writes_end_s=0.3, leg_faults=6.0, flush_faults=1.0, flush_share=0.3,
+            read_share=0.1,
         )  # fmt: skip
     ),
     "switch-drains-reads": Hunt(replace(SWITCHING, io_s=0.3)),

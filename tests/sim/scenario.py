@@ -403,6 +403,7 @@ def _read_everything(world: World) -> None:
             world.power_loss()
             world.calm = True
             world.run_until(world.now + 3.0)
+            world.compare_legs()
         record = world.record()
         for region in range(world.geometry.region_count):
             bits = record.map.bits[region]

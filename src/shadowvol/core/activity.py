@@ -101,13 +101,13 @@ class Activity:
         """Zones whose writes on this leg may be lost when a flush has failed now."""
         return [(0, zone_count)] if self.all_dirty[leg] else runs_of(set(self.dirty[leg]))
 
-    def settle_dirty(self, leg: int, zones: list[Run], still_ok: bool) -> None:
-        """After a failed flush was handled: nothing on this leg is to be flushed where its bits are cleared."""
-        if not still_ok:
-            for lo, hi in zones:
-                for zone in [zone for zone in self.dirty[leg] if lo <= zone < hi]:
-                    del self.dirty[leg][zone]
-            self.all_dirty[leg] = False
+    def forget_dirty(self, leg: int, zones: list[Run], before: int) -> None:
+        """What was written on this leg before the capture `before` is not to be flushed: its bits are cleared."""
+        dirty = self.dirty[leg]
+        for lo, hi in zones:
+            for zone in [zone for zone in dirty if lo <= zone < hi and dirty[zone] < before]:
+                del dirty[zone]
+        self.all_dirty[leg] = False
 
     # ---- cleaning ----
 

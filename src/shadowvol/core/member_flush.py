@@ -70,6 +70,7 @@ class MemberFlush(MemberState):
             if "fresh-dropped" not in self.omit:
                 for runs in zones.values():
                     self._unmark_fresh(self._zone_regions(runs))
+            ticket.concluded = self.activity.capture()
             self.activity.unsettled_flush_failures += 1
             faults = () if "flush-failure-clears" in self.omit else tuple(sorted(ticket.zones.items()))
             text = "; ".join(failed.values())
@@ -90,7 +91,9 @@ class MemberFlush(MemberState):
             regions = self._zone_regions(zones)
             still_ok = any(self.own[region] & (1 << leg) for lo, hi in regions for region in range(lo, hi))
             if leg in ticket.failed:
-                self.activity.settle_dirty(leg, zones, still_ok)
+                if not still_ok:
+                    late = "settle-keeps-later" in self.omit
+                    self.activity.forget_dirty(leg, zones, self.activity.capture() if late else ticket.concluded)
                 if still_ok and "flush-error-owed" in self.omit:
                     ticket.error = ticket.failed[leg]  # whose flush it was hears of it, nobody else
                 elif still_ok and "flush-failure-clears" not in self.omit:

@@ -200,7 +200,7 @@ class MemberProtocol(MemberFlush):
     def _let_go_of_closed_legs(self) -> None:
         for leg in (SOURCE, TARGET):
             if not self.open_legs() & (1 << leg):
-                self.activity.settle_dirty(leg, [(0, self.geometry.zone_count)], False)
+                self.activity.forget_dirty(leg, [(0, self.geometry.zone_count)], self.activity.capture())
         if self.phase is not Phase.COPYING:
             self._unmark_fresh([(0, len(self.own))])
 

@@ -54,11 +54,12 @@ Effect = Send | DoFlush | DoPrepare
 class FlushTicket:
     """One flush of the legs in `legs`; `zones[leg]` is the set of its failure."""
 
-    __slots__ = ("capture", "error", "failed", "legs", "settled", "token", "zones")
+    __slots__ = ("capture", "concluded", "error", "failed", "legs", "settled", "token", "zones")
 
     def __init__(self, legs: int, capture: int, token: int) -> None:
         self.legs = legs
         self.capture = capture
+        self.concluded = capture  # when a failure was seen: later writes are not its concern
         self.token = token
         self.zones: dict[int, list[Run]] = {}
         self.failed: dict[int, str] = {}

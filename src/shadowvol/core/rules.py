@@ -38,6 +38,7 @@ RULES: Final[dict[str, str]] = {
     "failed-write-ends-window": "a member refuses every further step of a window in which a write failed",
     "unsettled-fault-refuses-open": "OPEN is refused while a failed write there is not settled",
     "flushes-end-together": "a flush is answered after those that were in flight at its end, and fails with them",
+    "settle-keeps-later": "a settled flush failure forgets only what was written before it",
     "flush-error-after-writes": "a flush error is answered after the writes that were in flight",
     "flush-error-owed": "a flush error of a last ok leg reaches the application, whoever's flush saw it",
     "crash-voids": "the recovery of a member voids every open window",
