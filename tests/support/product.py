@@ -6,9 +6,13 @@ the command line and its exit code is checked, so a test that uses a volume test
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +186,18 @@ def assert_same_bytes(one: Path, other: Path, size_bytes: int, volume: Volume | 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     more = f"\n{volume.status()}\n{volume.product.log()}" if done.returncode and volume is not None else ""
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{more}"
+
+
+@contextmanager
+def private_product(prefix: str, directory: Path | None = None) -> Iterator[tuple[Product, Path]]:
+    """For scripts: a host of its own and a folder for its legs; both are gone at the end."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
+    product = Product(folder / "h")
+    try:
+        yield product, folder
+    finally:
+        product.end()
+        shutil.rmtree(folder)
 
 
 def make_source(path: Path, size_bytes: int, data_bytes: int | None = None) -> Path:
