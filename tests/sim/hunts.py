@@ -33,21 +33,36 @@ STILL = Profile(
 # One slow copy under writes.
 COPYING = replace(
     STILL, duration_s=0.6, regions=6, clients=3, think_s=0.02, copy_s=0.04, read_share=0.0, flush_share=0.0
-)  # fmt: skip
+)
 COPYING_2 = replace(COPYING, hosts=2, clients=2)
 # Both legs ok, slow writes to both; members die.
 MIRRORED = replace(STILL, think_s=0.05, flush_share=0.02, read_share=0.2, io_s=0.05)
 # Power goes when it hurts; written before the copy, not during it, so that no activity log covers it up.
 POWER = replace(STILL, flush_share=0.0, read_share=0.1, shared_cache=0.0, trouble_s=0.02, writes_end_s=0.03)
 FLUSHED = replace(
-    STILL, regions=2, clients=2, flush_share=0.5, read_share=0.0, shared_cache=0.0, io_s=0.03, start_at_once=False,
+    STILL,
+    regions=2,
+    clients=2,
+    flush_share=0.5,
+    read_share=0.0,
+    shared_cache=0.0,
+    io_s=0.03,
+    start_at_once=False,
     trouble_at=(("flush answered", "power", 0.1),),
-)  # fmt: skip
+)
 # Reads move between the legs while both are written slowly.
 SWITCHING = replace(
-    STILL, hosts=2, clients=3, commands=8.0, verbs=("cutover", "undo"), io_s=0.05, message_s=0.05, read_share=0.6,
-    span_blocks=3, regions=2,
-)  # fmt: skip
+    STILL,
+    hosts=2,
+    clients=3,
+    commands=8.0,
+    verbs=("cutover", "undo"),
+    io_s=0.05,
+    message_s=0.05,
+    read_share=0.6,
+    span_blocks=3,
+    regions=2,
+)
 FAULTS = replace(STILL, leg_faults=5.0, flush_faults=0.0, clients=3, span_blocks=4, copier_faults=0.0)
 FLUSHES = replace(STILL, leg_faults=4.0, flush_faults=1.0, flush_share=0.3, read_share=0.1, power_loss=1.0)
 LEADERS = replace(COPYING, leader_kill=2.0, zombie=0.8, copier_stall=0.1, duration_s=1.5)
@@ -66,7 +81,13 @@ class Hunt:
 
 
 DYING = replace(
-    COPYING_2, copy_s=0.01, duration_s=1.0, io_s=0.1, message_s=0.1, trouble_s=0.15, trouble_at=(("copier flushed both", "kill member", 0.7),)
+    COPYING_2,
+    copy_s=0.01,
+    duration_s=1.0,
+    io_s=0.1,
+    message_s=0.1,
+    trouble_s=0.15,
+    trouble_at=(("copier flushed both", "kill member", 0.7),),
 )
 UNLOGGED_POWER = (("zones unlogged", "power", 0.5),)
 BITS_POWER = (("bits set", "power", 0.5),)
@@ -84,7 +105,16 @@ HUNTS: dict[str, Hunt] = {
         replace(MIRRORED, io_s=0.01, log_s=0.5, think_s=0.6, trouble_s=0.2, trouble_at=UNLOGGED_POWER)
     ),
     "unlog-not-unsettled": Hunt(
-        replace(MIRRORED, leg_faults=4.0, flush_faults=0.0, slow_ask=0.8, clients=3, quiet=0.5, io_s=0.01, trouble_at=UNLOGGED_POWER)
+        replace(
+            MIRRORED,
+            leg_faults=4.0,
+            flush_faults=0.0,
+            slow_ask=0.8,
+            clients=3,
+            quiet=0.5,
+            io_s=0.01,
+            trouble_at=UNLOGGED_POWER,
+        )
     ),
     "open-drains": Hunt(replace(COPYING, io_s=0.5, copy_s=0.004)),
     "open-all-members": Hunt(replace(COPYING_2, message_s=0.15)),
@@ -98,21 +128,31 @@ HUNTS: dict[str, Hunt] = {
     "flush-copier": Hunt(replace(POWER, trouble_at=BITS_POWER)),
     "flush-members": Hunt(replace(POWER, trouble_at=BITS_POWER)),
     "flush-copier-session": Hunt(replace(POWER, copier_kill=5.0, message_s=0.1, trouble_at=BITS_POWER)),
+    "window-only-copying": Hunt(
+        replace(STILL, commands=12.0, verbs=("abort", "start"), persist_s=0.05, duration_s=4.0, flush_share=0.1)
+    ),
     "window-record-compare": Hunt(DYING),
     "epoch-compare": Hunt(
         replace(LEADERS, slow_persist=0.5, zombie=1.0, trouble_at=(("copier flushed both", "kill leader", 0.6),))
     ),
     "done-holds": Hunt(replace(SWITCHING, verbs=("abort", "start", "cutover", "cutover"))),
-    "failed-write-voids": Hunt(replace(DYING, copier_faults=0.0, trouble_at=(("copier flushed both", "target fails writes", 0.7),))),
+    "failed-write-voids": Hunt(
+        replace(DYING, copier_faults=0.0, trouble_at=(("copier flushed both", "target fails writes", 0.7),))
+    ),
     "failed-write-ends-window": Hunt(replace(FAILING, slow_ask=0.9)),
     "unsettled-fault-refuses-open": Hunt(
         replace(FAULTS, slow_ask=0.7, both_legs=1.0, regions=2, clients=5, think_s=0.02, fail_kinds=((0.4, 0.0),))
     ),
     "flush-error-owed": Hunt(
         replace(
-            COPYING, regions=16, copy_s=0.01, duration_s=1.0, flush_share=0.3, trouble_s=0.02,
+            COPYING,
+            regions=16,
+            copy_s=0.01,
+            duration_s=1.0,
+            flush_share=0.3,
+            trouble_s=0.02,
             trouble_at=(("copier flushed both", "flushes fail", 0.7), ("flush answered", "power", 0.1)),
-        )  # fmt: skip
+        )
     ),
     "crash-voids": Hunt(DYING),
     "recovery-clears": Hunt(replace(MIRRORED, member_kill=1.0)),
@@ -122,7 +162,19 @@ HUNTS: dict[str, Hunt] = {
     ),
     "switch-holds": Hunt(SWITCHING),
     "switch-set-then-release": Hunt(SWITCHING),
-    "clear-holds-reads": Hunt(replace(FAULTS, leg_faults=2.0, hosts=2, clients=6, message_s=0.1, read_share=0.75, flush_share=0.0, regions=2, fail_kinds=((0.7, 0.0),))),
+    "clear-holds-reads": Hunt(
+        replace(
+            FAULTS,
+            leg_faults=2.0,
+            hosts=2,
+            clients=6,
+            message_s=0.1,
+            read_share=0.75,
+            flush_share=0.0,
+            regions=2,
+            fail_kinds=((0.7, 0.0),),
+        )
+    ),
     "void-waits-for-copier": Hunt(replace(COPYING, copier_stall=0.3, member_kill=1.0)),
     "quarantine": Hunt(LEADERS),
     "undo-zone-clear": Hunt(COMMITS),
@@ -131,33 +183,71 @@ HUNTS: dict[str, Hunt] = {
     "drop-ends-fresh": Hunt(replace(COPYING, whole_writes=0.5, member_kill=2.0, duration_s=1.0, copier_stall=0.1)),
     "join-state-after-register": Hunt(
         replace(
-            COPYING_2, copier_stall=0.0, announce_s=0.5, persist_s=0.1, member_kill=2.0, duration_s=1.5,
-            trouble_at=(("member started", "kill leader", 0.7),), trouble_s=0.3,
-        )  # fmt: skip
+            COPYING_2,
+            copier_stall=0.0,
+            announce_s=0.5,
+            persist_s=0.1,
+            member_kill=2.0,
+            duration_s=1.5,
+            trouble_at=(("member started", "kill leader", 0.7),),
+            trouble_s=0.3,
+        )
     ),
     "flushes-end-together": Hunt(
         replace(
-            STILL, start_at_once=False, regions=2, clients=4, flush_share=0.5, read_share=0.0, io_s=0.03, leg_faults=5.0,
-            flush_faults=1.0, trouble_at=(("flush answered", "power", 0.1),), shared_cache=1.0,
-        )  # fmt: skip
+            STILL,
+            start_at_once=False,
+            regions=2,
+            clients=4,
+            flush_share=0.5,
+            read_share=0.0,
+            io_s=0.03,
+            leg_faults=5.0,
+            flush_faults=1.0,
+            trouble_at=(("flush answered", "power", 0.1),),
+            shared_cache=1.0,
+        )
     ),
     "flush-error-after-writes": Hunt(
         replace(
-            STILL, start_at_once=False, clients=4, flush_share=0.4, read_share=0.0, io_s=0.1, leg_faults=5.0,
-            think_s=0.02, flush_faults=1.0, trouble_at=(("flush answered", "power", 0.3),), regions=8,
-        )  # fmt: skip
+            STILL,
+            start_at_once=False,
+            clients=4,
+            flush_share=0.4,
+            read_share=0.0,
+            io_s=0.1,
+            leg_faults=5.0,
+            think_s=0.02,
+            flush_faults=1.0,
+            trouble_at=(("flush answered", "power", 0.3),),
+            regions=8,
+        )
     ),
     "settle-keeps-later": Hunt(
         replace(
-            COPYING, copy_s=0.01, duration_s=0.8, whole_writes=0.5, leg_faults=10.0, flush_faults=1.0, flush_share=0.15,
-            slow_ask=0.6, shared_cache=1.0, think_s=0.05,
-        )  # fmt: skip
+            COPYING,
+            copy_s=0.01,
+            duration_s=0.8,
+            whole_writes=0.5,
+            leg_faults=10.0,
+            flush_faults=1.0,
+            flush_share=0.15,
+            slow_ask=0.6,
+            shared_cache=1.0,
+            think_s=0.05,
+        )
     ),
     "doubt-flips": Hunt(
         replace(
-            STILL, start_at_once=False, commands=3.0, writes_end_s=0.3, leg_faults=6.0, flush_faults=1.0, flush_share=0.3,
+            STILL,
+            start_at_once=False,
+            commands=3.0,
+            writes_end_s=0.3,
+            leg_faults=6.0,
+            flush_faults=1.0,
+            flush_share=0.3,
             read_share=0.1,
-        )  # fmt: skip
+        )
     ),
     "switch-drains-reads": Hunt(replace(SWITCHING, io_s=0.3)),
     "done-before-clear": Hunt(replace(FAULTS, hosts=2, message_s=0.03)),

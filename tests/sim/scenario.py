@@ -426,18 +426,39 @@ PROFILES: dict[str, Profile] = {
     "power": replace(DEFAULT, power_loss=1.0, leg_faults=0.8, flush_faults=0.8, quiet=0.5, flush_share=0.25),
     "leaders": replace(DEFAULT, hosts=2, leader_kill=1.0, zombie=0.7, member_kill=0.1),
     # Old leaders and copiers whose transactions and writes land late.
-    "late": replace(DEFAULT, hosts=2, leader_kill=1.0, zombie=0.8, copier_stall=0.1, slow_persist=0.2, whole_writes=0.4),
+    "late": replace(
+        DEFAULT, hosts=2, leader_kill=1.0, zombie=0.8, copier_stall=0.1, slow_persist=0.2, whole_writes=0.4
+    ),
     "members": replace(DEFAULT, hosts=3, clients=1, member_kill=1.5, member_pause=0.3, regions=6, whole_writes=0.4),
-    "slow asks": replace(DEFAULT, leg_faults=2.0, both_legs=0.5, slow_ask=0.5, span_blocks=6, quiet=0.5, duration_s=3.0),
+    "slow asks": replace(
+        DEFAULT, leg_faults=2.0, both_legs=0.5, slow_ask=0.5, span_blocks=6, quiet=0.5, duration_s=3.0
+    ),
     "commits": replace(
-        DEFAULT, commands=8.0, verbs=("cutover", "commit", "undo", "start", "abort", "commit"), leg_faults=0.3,
-        copy_s=0.003, duration_s=5.0,
+        DEFAULT,
+        commands=8.0,
+        verbs=("cutover", "commit", "undo", "start", "abort", "commit"),
+        leg_faults=0.3,
+        copy_s=0.003,
+        duration_s=5.0,
     ),
     "flushes": replace(DEFAULT, hosts=2, flush_share=0.4, flush_faults=1.0, leg_faults=2.0, io_s=0.03, power_loss=0.5),
     "slow legs": replace(DEFAULT, clients=4, io_s=0.3, copy_s=0.03, regions=4, whole_writes=0.4, leg_faults=0.8),
     "all at once": replace(
-        DEFAULT, hosts=2, leader_kill=1.0, member_kill=1.0, copier_kill=1.0, leg_faults=1.5, both_legs=0.4, lose=0.15,
-        repeat=0.2, slow_message=0.1, slow_ask=0.2, slow_persist=0.1, copier_stall=0.05, commands=4.0, whole_writes=0.4,
+        DEFAULT,
+        hosts=2,
+        leader_kill=1.0,
+        member_kill=1.0,
+        copier_kill=1.0,
+        leg_faults=1.5,
+        both_legs=0.4,
+        lose=0.15,
+        repeat=0.2,
+        slow_message=0.1,
+        slow_ask=0.2,
+        slow_persist=0.1,
+        copier_stall=0.05,
+        commands=4.0,
+        whole_writes=0.4,
         verbs=("start", "cutover", "undo", "commit", "abort", "cutover", "undo", "start"),
     ),
 }

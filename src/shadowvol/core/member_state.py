@@ -208,7 +208,11 @@ class MemberState:
         self._mark(runs, FRESH, True)
 
     def _unmark_fresh(self, runs: list[Run]) -> None:
+        """Also for writes in flight that were to make these regions fresh."""
         self._mark(runs, FRESH, False)
+        for ticket in self.inflight.writes.values():
+            if ticket.adopt is not None and overlaps(runs, *ticket.adopt):
+                ticket.adopt = None
 
     def _runs_marked(self, mark: int, lo: int, hi: int) -> list[Run]:
         if not any(self.own.count(value, lo, hi) for value in range(16) if value & mark):

@@ -31,6 +31,7 @@ RULES: Final[dict[str, str]] = {
     "flush-copier": "the copier flushes its own connection before the bits are set (D1)",
     "flush-copier-session": "a window's flush counts only from the run of the copier that copied it",
     "flush-members": "every member flushes its connections before the bits are set (D1)",
+    "window-only-copying": "a window is recorded only while the phase is copying when its transaction is built",
     "window-record-compare": "the bits are persisted only while the window's record is still there",
     "epoch-compare": "every change of the record compares the epoch",
     "done-holds": "where the copy's target leg is preferred, reads move under a hold at every member",

@@ -17,6 +17,7 @@ from shadowvol.core.txn import Compare, Holds, Txn
 
 if TYPE_CHECKING:
     from shadowvol.core.leader import LeaderEngine
+    from shadowvol.core.windows import Window
 
 PREPARE_LIMIT_S = 10.0  # opening legs may take a while; nothing is held meanwhile
 HOLD_LIMIT_S = 2.0  # new writes are held for at most this long before the transition is given up
@@ -205,9 +206,11 @@ def transition(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> St
     everything: list[Run] = [(0, len(changed))]
     if let_go is not None:
         changed.clear_ok(let_go, everything)
-    void = leader.void_windows(verb) if let_go is not None or verb == "commit" else []
+    void: list[Window] = []
 
     def build() -> Txn:
+        if let_go is not None or verb == "commit":
+            void[:] = leader.void_windows(verb)
         return leader.txn(
             state=leader.change_state(**outcome),
             new_map=changed,

@@ -193,9 +193,10 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
     # 1. PICK: the window's record is durable before anyone acts on it.
     record = WindowRecord(window.id, leader.epoch, window.from_leg, window.to_leg, tuple(window.runs))
     put = (leader.keys.window(window.id), encode_window(record))
-    window.recorded = yield Persist(
-        lambda: None if window.void_reason else leader.txn(state=leader.state, puts=(put,))
-    )
+    # Built when its turn comes: a verb that ended the copying may have been durable just before it.
+    window.recorded = yield Persist(lambda: _record_txn(leader, window, put))
+    if not window.recorded:
+        raise WindowFailed("copying has ended")
 
     # 2. OPEN: from the last answer on every write there goes to both legs, and older ones are finished.
     window.step = "open"
@@ -246,6 +247,11 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
         finished = yield Exclusive(done(leader, window))
     if not finished:
         raise WindowFailed(window.void_reason or "its record is gone")
+
+
+def _record_txn(leader: "LeaderEngine", window: Window, put: tuple[str, bytes]) -> Txn | None:
+    copying = leader.state.phase is Phase.COPYING or "window-only-copying" in leader.omit
+    return leader.txn(state=leader.state, puts=(put,)) if copying and not window.void_reason else None
 
 
 def _copy_held(leader: "LeaderEngine", window: Window, remaining: list[Run]) -> Steps:
