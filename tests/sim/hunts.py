@@ -176,6 +176,7 @@ HUNTS: dict[str, Hunt] = {
         )
     ),
     "void-waits-for-copier": Hunt(replace(COPYING, copier_stall=0.3, member_kill=1.0)),
+    "void-keeps-record": Hunt(replace(LEADERS, member_kill=2.0)),
     "quarantine": Hunt(LEADERS),
     "undo-zone-clear": Hunt(COMMITS),
     "fresh-dropped": Hunt(replace(FAULTS, whole_writes=0.7, copy_s=0.05)),

@@ -292,7 +292,8 @@ def operator(world: World, verb: str) -> None:
     if verb == "commit":
         options = {"keep_undo": world.rng.random() < 0.6, "force": world.rng.random() < 0.3}
     world.command_number += 1
-    world.commands_open[world.command_number] = verb
+    committed = leader.engine.phase is Phase.COMMITTED
+    world.commands_open[world.command_number] = f"{verb} after commit" if committed else verb
     world.note(f"operator: {verb} {options}")
     leader.engine.command(world.command_number, verb, options, world.now)
     world.pump_leader(leader)
@@ -436,8 +437,9 @@ PROFILES: dict[str, Profile] = {
     "commits": replace(
         DEFAULT,
         commands=8.0,
-        verbs=("cutover", "commit", "undo", "start", "abort", "commit"),
-        leg_faults=0.3,
+        verbs=("cutover", "cutover", "commit", "commit", "commit", "undo"),
+        leg_faults=0.2,
+        power_loss=0.05,
         copy_s=0.003,
         duration_s=5.0,
     ),

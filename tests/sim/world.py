@@ -18,7 +18,7 @@ from shadowvol.core.inflight import Ticket
 from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.legs import BOTH_OK, SOURCE, TARGET, Phase
 from shadowvol.core.member import DoFlush, DoPrepare, FlushTicket, MemberEngine, Send
-from shadowvol.core.messages import Ask, LogZones, Reply, Request, UnlogZones
+from shadowvol.core.messages import Answer, Ask, LogZones, Reply, Request, UnlogZones
 from shadowvol.core.records import (
     ActivityLog,
     Keys,
@@ -132,6 +132,9 @@ class Leader:
     zombie: bool = False
     copier_alive: bool = False
     copier_number: int = 0
+    failures_seen: int = 0
+    goal_seen: str | None = None
+    doubt_seen: bool = False
     copier_jobs: int = 0
     stop_notified: bool = True
     cancelled: set[int] = field(default_factory=set)
@@ -376,8 +379,18 @@ class World:
             self.pump_member(member)
 
     def _member_says(self, member: Member, message: Any) -> None:
+        if isinstance(message, Answer):
+            if message.body.get("unbroken") is False:
+                self.coverage["hold broken"] += 1
+            if message.body.get("fresh") and member.engine.fresh_allowed:
+                self.coverage["fresh region spared its copy"] += 1
+            if message.body.get("faults"):
+                self.coverage["fault found open while preparing a change"] += 1
+            if message.body.get("no"):
+                self.coverage[f"refused: {message.body['no']}"] += 1
         if isinstance(message, Ask) and isinstance(message.want, LogZones | UnlogZones):
-            self.carry(lambda: self._log_zones(member, message), lossy=False)
+            want = message.want
+            self.carry(lambda: self._log_zones(member, message, want), lossy=False)
             return
         slow = isinstance(message, Ask) and not self.calm and self.rng.random() < self.profile.slow_ask
         delay = self.rng.random() if slow else 0.0
@@ -401,18 +414,17 @@ class World:
             zones |= decode_zones(entry.value, 0)
         return ActivityLog(NAME, host, zones)
 
-    def _log_zones(self, member: Member, ask: Ask) -> None:
+    def _log_zones(self, member: Member, ask: Ask, want: LogZones | UnlogZones) -> None:
         """One transaction after the other per host, as an agent does."""
         queue = self.log_busy.setdefault(member.host, [])
-        queue.append(lambda: self._log_one(member, ask))
+        queue.append(lambda: self._log_one(member, ask, want))
         if len(queue) == 1:
             queue[0]()
 
-    def _log_one(self, member: Member, ask: Ask) -> None:
+    def _log_one(self, member: Member, ask: Ask, want: LogZones | UnlogZones) -> None:
         host = member.host
         power = self.power_epoch
         log = self.activity_log(host)
-        want = ask.want
         add, remove = (want.zones, []) if isinstance(want, LogZones) else ([], want.zones)
         already = member.engine.incarnation == self.dead_logs.get(host)
         txn = log.txn(add, remove, member.engine.incarnation)
@@ -620,6 +632,21 @@ class World:
                 return
             for effect in effects:
                 self._leader_effect(leader, effect)
+            self._observe(leader)
+
+    def _observe(self, leader: Leader) -> None:
+        """Count what the leader has come through."""
+        backoff, goal = leader.engine.backoff, leader.engine.state.goal
+        if backoff.failures != leader.failures_seen and backoff.failures:
+            reason = backoff.reason.rpartition(": ")[2] if backoff.reason.startswith("h") else backoff.reason
+            self.coverage[f"window failed: {reason}"] += 1
+        leader.failures_seen = backoff.failures
+        if goal != leader.goal_seen:
+            self.coverage[f"goal {leader.goal_seen} -> {goal}"] += 1
+            leader.goal_seen = goal
+        if any(leader.engine.state.doubtful) and not leader.doubt_seen:
+            leader.doubt_seen = True
+            self.coverage["regions in doubt"] += 1
 
     def _leader_effect(self, leader: Leader, effect: Any) -> None:
         if isinstance(effect, SendTo):

@@ -52,7 +52,7 @@ class DataPlane:
         self.proven_dead = False  # no member lives: its lock was in our hands, and none was started since
         self.statistics: dict[str, Any] = {}
         self.down_ready = trio.Event()
-        self.down_clean = False
+        self.down_clients = 0  # why the member refused to go down
         self._volume = volume
         self._socket_path = socket_path
         self._lock_path = lock_path
@@ -178,9 +178,11 @@ class DataPlane:
         """Queue for the member; dropped while there is no link (the leader repeats requests, the member its asks)."""
         self._put(*to_wire(message))
 
-    def ask_down(self) -> None:
+    def ask_down(self, force: bool) -> None:
+        """The member drains, and says when (`down_ready`); without `force` it may refuse (`down_clients`)."""
         self.down_ready = trio.Event()
-        self._put({"type": "Down"}, b"")
+        self.down_clients = 0
+        self._put({"type": "Down", "force": force}, b"")
 
     def _put(self, message: dict[str, Any], blob: bytes) -> None:
         if self._outbox is not None:
@@ -205,7 +207,9 @@ class DataPlane:
             self.statistics = frame.message
             self._counts(frame.message)
         elif kind == "DownReady":
-            self.down_clean = bool(frame.message.get("clean"))
+            self.down_ready.set()
+        elif kind == "DownRefused":
+            self.down_clients = frame.message["clients"]
             self.down_ready.set()
         else:
             message = from_wire(frame.message, frame.blob)

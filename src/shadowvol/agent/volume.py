@@ -148,16 +148,17 @@ class Volume:
     async def take_down(self, force: bool) -> tuple[int, str]:
         """Drain, flush, end the member. (exit code, text). Refused with clients connected unless `force`."""
         assert self.plane is not None
-        clients = self.plane.statistics.get("clients", 0)
-        if clients and not force:
-            return 3, f"volume {self.name} has {clients} client connection(s); disconnect them, or use --force"
-        code, text = await self.command("wishes", {"up": False})
-        if code != 0:
-            return code, text
         if self.plane.incarnation is not None:
-            self.plane.ask_down()
+            self.plane.ask_down(force)
             with trio.move_on_after(DOWN_LIMIT_S):
                 await self.plane.down_ready.wait()
+            if self.plane.down_clients:
+                clients = self.plane.down_clients
+                return 3, f"volume {self.name} has {clients} client connection(s); disconnect them, or use --force"
+        code, text = await self.command("wishes", {"up": False})
+        if code != 0:
+            self.plane.kill()  # it serves nobody any more; its successor will
+            return code, text
         await self.plane.stop()
         engine = self.engine
         with trio.move_on_after(DOWN_LIMIT_S):

@@ -64,9 +64,7 @@ def sync(leader: "LeaderEngine") -> Steps:
         doubtful.append(_doubtful(leader, changed, faults))
         gone_keys = tuple(leader.keys.member(host) for host in recovered if host not in joined)
         logs = tuple(leader.keys.activity(host) for host in {*recovered})
-        windows = tuple(leader.keys.window(window.id) for window in void)
-        if not leader.quarantine:
-            windows = (*windows, leader.keys.windows) if "crash-voids" not in leader.omit else windows
+        void_puts, void_deletes = leader.void_records(void)
         transition = (leader.keys.transition,) if leader.transition is not None else ()
         members = tuple((leader.keys.member(host), encode_member(number)) for host, number in joined.items())
         everything: list[Run] = [(0, len(changed))]
@@ -74,8 +72,8 @@ def sync(leader: "LeaderEngine") -> Steps:
             state=leader.change_state(doubtful=doubtful[-1]),
             new_map=changed,
             chunks=everything if recovered or faults else None,
-            puts=members,
-            deletes=gone_keys + logs + windows + transition,
+            puts=members + void_puts,
+            deletes=gone_keys + logs + void_deletes + transition,
         )
 
     if "join-state-after-register" in leader.omit and leader.joining:
@@ -201,9 +199,9 @@ def clear_bits(
 
     def build() -> Txn:
         now = [run for _, runs in cleared for run in runs]
-        keys = tuple(leader.keys.window(window.id) for window in void)
+        puts, deletes = leader.void_records(void)
         state = leader.change_state(doubtful=doubtful)
-        return leader.txn(state=state, new_map=changed, chunks=now, deletes=keys)
+        return leader.txn(state=state, new_map=changed, chunks=now, puts=puts, deletes=deletes)
 
     persisted = yield Persist(build)
     if not persisted:
@@ -233,7 +231,8 @@ def persist_clear(leader: "LeaderEngine", faults: FaultLegs) -> Steps:
 def copier_flush_failed(leader: "LeaderEngine", legs: list[int], error: str) -> Steps:
     """The copier's own flush failed: windows are void, and every member takes its unflushed writes as lost."""
     void = leader.void_windows("flush failed")
-    yield Persist(lambda: leader.txn(deletes=tuple(leader.keys.window(window.id) for window in void)))
+    puts, deletes = leader.void_records(void)
+    yield Persist(lambda: leader.txn(puts=puts, deletes=deletes))
     for window in void:
         leader.void(window, f"the copier's flush failed: {error}")
     for leg in legs:

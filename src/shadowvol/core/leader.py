@@ -196,12 +196,19 @@ class LeaderEngine(Kernel):
         return Txn(guard + compares, tuple(all_puts), deletes)
 
     def void_windows(self, reason: str, runs: list[Run] | None = None) -> list[windows.Window]:
-        """Open windows that touch `runs` (None: all). The caller deletes their records, then calls void() on each."""
+        """Open windows that touch `runs` (None: all). The caller persists void_records(), then calls void() on each."""
         return [
             window
             for window in self.windows.values()
             if not window.void_reason and (runs is None or window.touches(runs))
         ]
+
+    def void_records(self, void: list[windows.Window]) -> tuple[tuple[tuple[str, bytes], ...], tuple[str, ...]]:
+        """(puts, deletes) that make these void; each keeps a record until its copier has ended (windows._fail)."""
+        void = [window for window in void if window.id in self.windows]
+        if "void-keeps-record" in self.omit:
+            return (), tuple(self.keys.window(window.id) for window in void)
+        return tuple(windows.record_put(self, window, void=True) for window in void), ()
 
     def void(self, window: windows.Window, reason: str) -> None:
         """The window's record is gone: end its protocol at its next step (at once where it waits for members)."""

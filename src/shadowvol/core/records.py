@@ -86,11 +86,14 @@ class VolumeState:
 
 @dataclass(frozen=True, slots=True)
 class WindowRecord:
+    """`void`: it will not set its bits any more, but its copier may still write, so a successor leaves it alone."""
+
     id: int
     epoch: int
     from_leg: int
     to_leg: int
     runs: tuple[Run, ...]
+    void: bool = False
 
 
 @dataclass(slots=True)

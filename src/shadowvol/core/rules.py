@@ -51,6 +51,7 @@ RULES: Final[dict[str, str]] = {
     "switch-set-then-release": "every member switches before any member releases its writes",
     "clear-holds-reads": "reads move from a faulty leg at every member before any reads the other leg there",
     "void-waits-for-copier": "a void window's regions are not picked again before its copy jobs have ended",
+    "void-keeps-record": "a void window's record stays until its copier has ended, for a successor to quarantine it",
     "quarantine": "a dead leader's window regions are not copied until its copier is known to have stopped",
     "undo-zone-clear": "after commit --keep-undo, source_ok is durably cleared before the first target-only write",
     "fresh-dropped": "a region that was overwritten whole is no longer fresh after a failed write, flush or window",

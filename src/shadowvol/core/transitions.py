@@ -211,12 +211,13 @@ def transition(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> St
     def build() -> Txn:
         if let_go is not None or verb == "commit":
             void[:] = leader.void_windows(verb)
+        void_puts, void_deletes = leader.void_records(void)
         return leader.txn(
             state=leader.change_state(**outcome),
             new_map=changed,
             chunks=everything if let_go is not None else None,
-            puts=((leader.keys.transition, committed),),
-            deletes=tuple(leader.keys.window(window.id) for window in void),
+            puts=((leader.keys.transition, committed), *void_puts),
+            deletes=void_deletes,
             compares=(Compare(leader.keys.transition, Holds.VALUE, preparing),),
         )
 

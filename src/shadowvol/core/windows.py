@@ -191,10 +191,8 @@ def window_steps(leader: "LeaderEngine", window: Window) -> Steps:
 
 def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
     # 1. PICK: the window's record is durable before anyone acts on it.
-    record = WindowRecord(window.id, leader.epoch, window.from_leg, window.to_leg, tuple(window.runs))
-    put = (leader.keys.window(window.id), encode_window(record))
     # Built when its turn comes: a verb that ended the copying may have been durable just before it.
-    window.recorded = yield Persist(lambda: _record_txn(leader, window, put))
+    window.recorded = yield Persist(lambda: _record_txn(leader, window))
     if not window.recorded:
         raise WindowFailed("copying has ended")
 
@@ -249,9 +247,16 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
         raise WindowFailed(window.void_reason or "its record is gone")
 
 
-def _record_txn(leader: "LeaderEngine", window: Window, put: tuple[str, bytes]) -> Txn | None:
+def record_put(leader: "LeaderEngine", window: Window, *, void: bool = False) -> tuple[str, bytes]:
+    record = WindowRecord(window.id, leader.epoch, window.from_leg, window.to_leg, tuple(window.runs), void)
+    return leader.keys.window(window.id), encode_window(record)
+
+
+def _record_txn(leader: "LeaderEngine", window: Window) -> Txn | None:
     copying = leader.state.phase is Phase.COPYING or "window-only-copying" in leader.omit
-    return leader.txn(state=leader.state, puts=(put,)) if copying and not window.void_reason else None
+    if not copying or window.void_reason:
+        return None
+    return leader.txn(state=leader.state, puts=(record_put(leader, window),))
 
 
 def _copy_held(leader: "LeaderEngine", window: Window, remaining: list[Run]) -> Steps:
@@ -291,7 +296,7 @@ def done(leader: "LeaderEngine", window: Window, subject: str = "x") -> Steps:
         changed.set_ok(window.to_leg, window.runs)
         changed.clear_ok(window.from_leg, in_doubt)
         key = leader.keys.window(window.id)
-        compares = (Compare(key, Holds.PRESENT),) if check else ()
+        compares = (Compare(key, Holds.VALUE, record_put(leader, window)[1]),) if check else ()
         state = leader.change_state(doubtful=certain)
         return leader.txn(state=state, new_map=changed, chunks=window.runs, deletes=(key,), compares=compares)
 
@@ -332,10 +337,9 @@ def _fail(leader: "LeaderEngine", window: Window, reason: str, leg: int | None) 
     """The window's regions are just not ok. Its copy jobs have ended when this runs (every Copy was resumed)."""
     window.void_thrown = True
     window.step = "end"
-    if window.recorded:
-        key = leader.keys.window(window.id)
-        yield Persist(lambda: leader.txn(deletes=(key,)) if window.recorded and not window.void_reason else None)
-        window.recorded = False
+    key = leader.keys.window(window.id)
+    yield Persist(lambda: leader.txn(deletes=(key,)) if window.recorded or window.void_reason else None)
+    window.recorded = False
     yield AskAll(Drop(window.id, window.runs), window.subject)
     if leg is not None:
         leader.leg_failed(leg, reason)

@@ -37,6 +37,7 @@ STATS_S = 0.5
 LEG_RETRY_S = 3.0  # a dead leg is tried again this often
 TRACE_FRAMES = 20
 LEG_POLL_S = 0.25  # a leg to be let go is looked at this often until its last I/O has ended
+CLIENT_LEAVES_S = 1.0  # a client that has hung up is gone for nbdkit, too, well before this
 DOWN_LIMIT_S = 10.0  # `down` is answered after this long even if the activity log could not be emptied
 _DOWN_SKIP_S = 2 * IDLE_S  # the clock jumps by this when nobody is connected any more: every zone is idle at once
 
@@ -180,10 +181,8 @@ class Member:
 
     def _received(self, frame: Frame) -> None:
         if frame.message["type"] == "Down":
-            with self.data.lock:
-                first, self._going_down = not self._going_down, True
-            if first:
-                threading.Thread(target=self._go_down, name="down", daemon=True).start()
+            force = bool(frame.message.get("force", True))
+            threading.Thread(target=self._asked_down, args=(force,), name="down", daemon=True).start()
             return
         message = from_wire(frame.message, frame.blob)
         if not isinstance(message, Request | Reply):
@@ -324,6 +323,22 @@ class Member:
         return None
 
     # ------------------------------------------------------------------ going down
+
+    def _asked_down(self, force: bool) -> None:
+        """Without `force`, only when no client is connected; one that is just leaving is waited for."""
+        until_s = time.monotonic() + CLIENT_LEAVES_S
+        while True:
+            with self.data.lock:
+                clients = self._clients
+                if force or not clients:
+                    first, self._going_down = not self._going_down, True
+                    break
+            if time.monotonic() >= until_s:
+                self._link.post({"type": "DownRefused", "clients": clients})
+                return
+            self._stopping.wait(TICK_S)
+        if first:
+            self._go_down()
 
     def _go_down(self) -> None:
         """Flush, let the activity log empty, say DownReady. `clean`: nothing is in flight, and nothing is logged."""
