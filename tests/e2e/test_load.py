@@ -70,7 +70,7 @@ def test_no_error_through_early_cutover_undo_pause_abort_and_start_again(product
         assert volume.status()["copy"]["state"] in ("running", "backoff")
         fio.wait_served(volume, 50)
         volume.run("abort")
-        volume.product.wait_phase(volume.name, "setup")
+        volume.wait_setup()
         fio.wait_served(volume, 50)
         fio.assert_running()
 
@@ -78,7 +78,7 @@ def test_no_error_through_early_cutover_undo_pause_abort_and_start_again(product
         volume.run("cutover", "--early")
         fio.wait_served(volume, 50)
         volume.run("abort")
-        volume.product.wait_phase(volume.name, "setup")
+        volume.wait_setup()
         assert volume.phase == ("setup", "source")
         fio.wait_served(volume, 50)
 

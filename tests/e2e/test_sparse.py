@@ -20,7 +20,8 @@ def test_activity_log_keeps_up_with_writes_all_over_a_large_volume(
 ) -> None:
     """Random 4 KiB writes over 64 GiB touch every zone; the log takes them in batches, off the path of most writes."""
     volume = Volume.make(product, make_source(legs / "source", 64 * GIB, 0), legs / "target")
-    writes = ["--rw=randwrite", "--bs=4k", "--blockalign=4m", "--iodepth=16", "--norandommap"]  # few blocks: quick to free
+    # Few different blocks, so that the file system is quick to free them.
+    writes = ["--rw=randwrite", "--bs=4k", "--blockalign=4m", "--iodepth=16", "--norandommap"]
     writes += ["--time_based", "--runtime=4"]
     with Fio(legs, volume.uri, *writes, name="setup", timed=False) as fio:
         before = fio.wait()["write"]["iops"]

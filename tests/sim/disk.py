@@ -9,11 +9,14 @@ Two kinds, by `shared`. Shared: all openers have one cache (a local file or disk
 durable and a failed one loses all. Private: each cache owner has its own (an NBD server without multi-conn, hosts with
 caches of their own): a flush covers its owner's writes only. A host's next member owns what the last one wrote; what
 a dead copier wrote is nobody's any more.
+
+Not played, because it is a known limit (DESIGN 9): a failed flush loses nothing that was written by an opener which has
+died since; nobody is left who could be told.
 """
 
 import random
 
-Unflushed = tuple[int, int, str]  # (order, value, owner)
+Unflushed = tuple[int, int, str, str]  # (order, value, owner, opener)
 
 
 class Disk:
@@ -34,10 +37,10 @@ class Disk:
         self.openers: set[str] = set()
         self.faults = 0
 
-    def put(self, block: int, value: int, owner: str) -> None:
+    def put(self, block: int, value: int, owner: str, opener: str) -> None:
         self._order += 1
         self.cache[block] = value
-        self.unflushed.setdefault(block, []).append((self._order, value, owner))
+        self.unflushed.setdefault(block, []).append((self._order, value, owner, opener))
 
     def flush(self, opener: str, owner: str) -> bool:
         """True: everything that the owner wrote before is durable. False: told that a flush failed."""
@@ -48,10 +51,15 @@ class Disk:
             self.faults += 1
             self._untold = self.openers - {opener}
             for block, values in self._take(owner).items():
-                self.limbo.setdefault(block, []).extend(values)
+                lost = [entry for entry in values if entry[3] in self.openers]
+                kept = [entry for entry in values if entry[3] not in self.openers]
+                if lost:
+                    self.limbo.setdefault(block, []).extend(lost)
+                if kept:
+                    self.unflushed[block] = sorted(self.unflushed.get(block, []) + kept)
             return False
         for block, values in self._take(owner).items():
-            order, value, _ = values[-1]
+            order, value, _, _ = values[-1]
             if order > self._durable_order[block]:
                 self._durable_order[block] = order
                 self.durable[block] = value
@@ -83,7 +91,7 @@ class Disk:
     def power_loss(self) -> None:
         for block in {**self.limbo, **self.unflushed}:
             values = self.limbo.get(block, []) + self.unflushed.get(block, [])
-            later = [value for order, value, _ in values if order > self._durable_order[block]]
+            later = [value for order, value, _, _ in values if order > self._durable_order[block]]
             self.durable[block] = self.rng.choice([self.durable[block], *later])
         self.limbo.clear()
         self.unflushed.clear()

@@ -317,7 +317,7 @@ class World:
         member.alive = False
         for disk, block, value in member.pending_puts:
             if self.rng.random() < 0.5:
-                disk.put(block, value, host)
+                disk.put(block, value, host, member.opener)
         member.pending_puts.clear()
         self.locked = {block: owner for block, owner in self.locked.items() if owner[0] != host}
         self._clients_lost(member)
@@ -475,7 +475,7 @@ class World:
     def _land(self, member: Member, entry: tuple[Disk, int, int]) -> None:
         if entry in member.pending_puts:
             member.pending_puts.remove(entry)
-            entry[0].put(entry[1], entry[2], member.host)
+            entry[0].put(entry[1], entry[2], member.host, member.opener)
 
     def leg_read(self, member: Member, leg: int, blocks: range, done: Callable[[dict[int, int] | None], None]) -> None:
         disk, rng = self.disks[leg], self.rng
@@ -752,7 +752,7 @@ class World:
             if self.rng.random() < to_disk.fail_write * self.profile.copier_faults:
                 self._job_done(leader, effect.job, CopyResult(False, 0, 0, step.to_leg, "write error"))
                 return
-            to_disk.put(blocks[index], value, opener)
+            to_disk.put(blocks[index], value, opener, opener)
             self.at(self.rng.random() * self.profile.copy_s * 0.5 * speed, lambda: read_next(index + 1))
 
         read_next(0)

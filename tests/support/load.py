@@ -28,8 +28,8 @@ END_LIMIT_S = 60.0
 RUN_LIMIT_S = 600  # no load outlives a test that has died
 INTERRUPTED_EXIT = 128  # fio's exit code after SIGINT
 
-# A mix as unfriendly as a volume may meet. Lengths that are no multiple of 512 bytes only in UNALIGNED_PASS: with them,
-# fio 3.33 finds mismatches of its own making as soon as it goes over the same bytes twice (also on nbdkit's file plugin).
+# A mix as unfriendly as a volume may meet. Lengths that are no multiple of 512 bytes only in UNALIGNED_PASS: with
+# them fio 3.33 finds mismatches of its own making when it goes over the same bytes twice, on any server.
 VERIFIED = ("--rw=randrw", "--iodepth=16", "--verify=crc32c", "--verify_backlog=64", "--verify_fatal=1")
 VERIFIED_MIX = (*VERIFIED, "--bsrange=512-256k")
 UNALIGNED_PASS = (*VERIFIED, "--bsrange=512-256k", "--bs_unaligned=1")

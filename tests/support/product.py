@@ -165,6 +165,13 @@ class Volume:
         """How many the member has served; a new one counts from zero."""
         return int(self.status()["io"]["writes"] or 0)
 
+    def wait_setup(self, limit_s: float = 120) -> None:
+        """After an abort; then the old copy is made worthless, so that the next one must be complete by itself."""
+        self.product.wait_phase(self.name, "setup", limit_s)
+        size_bytes = self.target.stat().st_size
+        os.truncate(self.target, 0)
+        os.truncate(self.target, size_bytes)
+
     def switches_ms(self, rounds: int) -> list[float]:
         """The pauses of `rounds` times cutover and undo."""
         pauses = []

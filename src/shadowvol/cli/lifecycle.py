@@ -130,7 +130,7 @@ def delete(invocation: Invocation, name: str, force: bool) -> None:
     if force and record.state.up and record.state.phase in ("setup", "committed"):
         invocation.call("down", name, {"force": True})
     lock = invocation.settings.home.member_lock(name)
-    if lock.exists() and not locks.is_free(lock):
+    if not invocation.record(name).state.up and lock.exists() and not locks.is_free(lock):
         raise VerbError(FAILED, f"a member of volume {name} still runs here; shadowvol up {name}, then down, ends it")
     invocation.on_record(lambda coordinator: delete_volume(coordinator, name, force))
 

@@ -210,6 +210,10 @@ class LeaderEngine(Kernel):
             return (), tuple(self.keys.window(window.id) for window in void)
         return tuple(windows.record_put(self, window, void=True) for window in void), ()
 
+    def is_copying(self, window: windows.Window) -> bool:
+        """The copier may be writing for it."""
+        return window.task is not None and any(task is window.task for task in self.copier_jobs.values())
+
     def void(self, window: windows.Window, reason: str) -> None:
         """The window's record is gone: end its protocol at its next step (at once where it waits for members)."""
         if window.void_reason or "window-record-compare" in self.omit:

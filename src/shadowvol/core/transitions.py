@@ -248,7 +248,7 @@ def transition(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> St
 
     # 5. RELEASE. A verb that lets a leg go returns when the copier writes to it no more.
     yield AskAll(Thaw(), "x")
-    yield WaitFor(lambda: not any(window.task and window.task.job for window in void))
+    yield WaitFor(lambda: not any(leader.is_copying(window) for window in void))
     if verb in ("cutover", "undo"):
         pause_ms = round((leader.now_s - leader.freeze_began_s) * 1000, 3)
         leader.state = leader.change_state(last_switch_pause_ms=pause_ms)
