@@ -7,8 +7,8 @@ was written before may be lost at a power loss although later flushes succeed, a
 
 Two kinds, by `shared`. Shared: all openers have one cache (a local file or disk), so anyone's flush makes all of it
 durable and a failed one loses all. Private: each cache owner has its own (an NBD server without multi-conn, hosts with
-caches of their own): a flush covers its owner's writes only. A host's next member owns what the last one wrote; what
-a dead copier wrote is nobody's any more.
+caches of their own): a flush covers its owner's writes only, and those of members that have died (the contract of an
+endpoint asks for that). What a dead copier wrote, no other flush covers.
 
 Not played, because it is a known limit (DESIGN 9): a failed flush loses nothing that was written by an opener which has
 died since; nobody is left who could be told.
@@ -66,6 +66,13 @@ class Disk:
                 self.limbo.pop(block, None)
         return True
 
+    def orphan(self, owner: str) -> None:
+        """The owner has died: anyone's flush covers what it wrote."""
+        for block, values in self.unflushed.items():
+            self.unflushed[block] = [
+                (order, value, "" if who == owner else who, opener) for order, value, who, opener in values
+            ]
+
     def must_tell(self, opener: str) -> bool:
         """A failed flush has lost writes, and this opener has not been told yet."""
         return opener in self._untold
@@ -77,11 +84,11 @@ class Disk:
             return taken
         taken = {}
         for block, values in list(self.unflushed.items()):
-            mine = [entry for entry in values if entry[2] == owner]
+            mine = [entry for entry in values if entry[2] in (owner, "")]
             if not mine:
                 continue
             taken[block] = mine
-            rest = [entry for entry in values if entry[2] != owner]
+            rest = [entry for entry in values if entry[2] not in (owner, "")]
             if rest:
                 self.unflushed[block] = rest
             else:

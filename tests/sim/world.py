@@ -307,9 +307,10 @@ class World:
         member = self.members[host]
         if member is None or not member.alive:
             return
-        if member.flush_failing or any(disk.must_tell(member.opener) for disk in self.disks):
+        owes = member.flush_failing or member.engine.owes_error()
+        if owes or any(disk.must_tell(member.opener) for disk in self.disks):
             # The known limit (DESIGN 9), a double fault: a leg has lost what this member wrote, and it dies before
-            # it could record that; its successor's flushes succeed.
+            # it could record that or tell the application; its successor's flushes succeed.
             self.coverage["kill put off: a failed flush is not told yet"] += 1
             self.at(0.05, lambda: self.kill_member(host))
             return
@@ -323,6 +324,7 @@ class World:
         self._clients_lost(member)
         for disk in self.disks:
             disk.openers.discard(member.opener)
+            disk.orphan(host)
         power = self.power_epoch
         self.at(self.rng.random() * 0.05, lambda: self._bury(member, power))
 

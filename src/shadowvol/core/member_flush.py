@@ -121,6 +121,10 @@ class MemberFlush(MemberState):
         window = self.windows.get(request.body.window) if request and isinstance(request.body, Flush) else None
         return BOTH_OK if window is None else 1 << window.to_leg
 
+    def owes_error(self) -> bool:
+        """A flush error has not been told to the application yet. It is lost if the member dies now."""
+        return bool(self._owed)
+
     def leg_lost_writes(self, leg: int, error: str) -> None:
         """The leg's server was restarted or reconnected: what was not flushed may be gone (as a failed flush)."""
         ticket = FlushTicket(1 << leg, self.activity.capture(), LEG_LOST)
