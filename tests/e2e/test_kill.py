@@ -26,9 +26,7 @@ def rounds(volume: Volume, client: KeepingClient, processes: tuple[str, ...], co
 
 
 @pytest.mark.parametrize("preferred", ["source", "target"])
-def test_nothing_acknowledged_is_lost_when_processes_are_killed(
-    product: Product, legs: Path, preferred: str
-) -> None:
+def test_nothing_acknowledged_is_lost_when_processes_are_killed(product: Product, legs: Path, preferred: str) -> None:
     """Copying at a rate that lasts, then synced, then quiet: both legs hold every acknowledged write."""
     volume = Volume.make(product, make_source(legs / "source", SIZE_BYTES), legs / "target")
     client = KeepingClient(volume.uri, SIZE_BYTES, seed=SEED)

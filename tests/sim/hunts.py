@@ -129,7 +129,19 @@ HUNTS: dict[str, Hunt] = {
     "flush-members": Hunt(replace(POWER, trouble_at=BITS_POWER)),
     "flush-copier-session": Hunt(replace(POWER, copier_kill=5.0, message_s=0.1, trouble_at=BITS_POWER)),
     "window-only-copying": Hunt(
-        replace(STILL, commands=12.0, verbs=("abort", "start"), persist_s=0.05, duration_s=4.0, flush_share=0.1)
+        replace(
+            STILL,
+            commands=12.0,
+            verbs=("abort", "start"),
+            persist_s=0.05,
+            duration_s=3.0,
+            flush_share=0.3,
+            leg_faults=2.0,
+            flush_faults=0.3,
+            fail_kinds=((0.5, 0.0),),
+            copier_faults=0.0,
+            trouble_at=(("flush answered", "power", 0.01),),
+        )
     ),
     "window-record-compare": Hunt(DYING),
     "epoch-compare": Hunt(
@@ -228,14 +240,16 @@ HUNTS: dict[str, Hunt] = {
         replace(
             COPYING,
             copy_s=0.01,
-            duration_s=0.8,
-            whole_writes=0.5,
-            leg_faults=10.0,
+            duration_s=3.0,
+            whole_writes=0.7,
+            writes_end_s=1.5,
+            leg_faults=5.0,
             flush_faults=1.0,
-            flush_share=0.15,
-            slow_ask=0.6,
-            shared_cache=1.0,
-            think_s=0.05,
+            slow_ask=0.7,
+            shared_cache=0.0,
+            think_s=0.1,
+            trouble_s=0.3,
+            trouble_at=UNLOGGED_POWER,
         )
     ),
     "doubt-flips": Hunt(

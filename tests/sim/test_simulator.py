@@ -16,7 +16,6 @@ COVERAGE_SEEDS = 1400  # a subset, all in one test, so that it is the same whoev
 
 RARE = (
     "abort -> 0",
-    "change by a leader that was cut off",
     "commit -> 0",
     "copier killed",
     "copier's flush failed",

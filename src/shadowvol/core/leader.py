@@ -291,6 +291,7 @@ class LeaderEngine(Kernel):
         self.faults.append((host, ask))
         if not self.clear_queued:
             self.clear_queued = True
-            self.queue_exclusive(changes.clear(self), "leg fault")
+            start = self.queue_exclusive if "done-before-clear" not in self.omit else self.spawn
+            start(changes.clear(self), "leg fault")
 
 
