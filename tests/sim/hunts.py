@@ -267,3 +267,8 @@ HUNTS: dict[str, Hunt] = {
     "switch-drains-reads": Hunt(replace(SWITCHING, io_s=0.3)),
     "done-before-clear": Hunt(replace(FAULTS, hosts=2, message_s=0.03)),
 }
+
+
+# Rules that were found necessary by thought or by an earlier version of the simulator, whose omission the hunts above do
+# not find within their seeds. They are obeyed, but not proved; the next thing to do here.
+NOT_FOUND_YET = ("flushes-end-together", "settle-keeps-later", "window-only-copying")
