@@ -269,6 +269,6 @@ HUNTS: dict[str, Hunt] = {
 }
 
 
-# Rules that were found necessary by thought or by an earlier version of the simulator, whose omission the hunts above do
-# not find within their seeds. They are obeyed, but not proved; the next thing to do here.
+# Rules that were found necessary by thought or by an earlier version of the simulator, whose omission the hunts above
+# do not find within their seeds. They are obeyed, but not proved; the next thing to do here.
 NOT_FOUND_YET = ("flushes-end-together", "settle-keeps-later", "window-only-copying")
