@@ -24,6 +24,7 @@ class WriteOp:
     end: float = NEVER  # NEVER: not acknowledged (or answered with an error)
     durable: bool = False  # a flush that began after its end was acknowledged
     doubtful: bool = False  # a flush answered with an error may have lost it
+    failed: bool = False  # answered with an error: until the block is written again it may hold either, as on any disk
 
 
 @dataclass(slots=True)
@@ -112,6 +113,8 @@ class History:
         for value, start, end in block.reads:
             if value in written and end < written[value].start:
                 self.problems.append(f"block {number}: {value} was read before it was written")
+            if value in written and written[value].failed:
+                continue
             zone = clusters[value]
             zone[0] = min(zone[0], end)
             zone[1] = max(zone[1], start)

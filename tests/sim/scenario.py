@@ -148,6 +148,8 @@ class Client:
                 if failed:
                     world.coverage["write succeeded although a leg failed"] += 1
             else:
+                for op in writes:
+                    op.failed = True
                 world.coverage["write answered with an error"] += 1
             world.note(f"{name} answered {ticket[0].error or 'ok'}")
             world.unlock(range(start, end))

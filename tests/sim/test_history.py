@@ -70,6 +70,16 @@ def test_an_unacknowledged_write_may_appear_or_not() -> None:
     assert not verdict(history)
 
 
+def test_a_write_that_failed_may_appear_and_vanish_but_not_before_it_began() -> None:
+    history = History(1)
+    write(history, 1, 1.0).failed = True
+    read(history, 1, 2.0, 3.0)
+    read(history, 0, 4.0, 5.0)
+    assert not verdict(history)
+    read(history, 1, 0.1, 0.2)
+    assert verdict(history)
+
+
 def test_a_value_read_before_it_was_written_is_found() -> None:
     history = History(1)
     write(history, 1, 5.0, 6.0)
