@@ -32,7 +32,8 @@ def test_nothing_acknowledged_is_lost_when_processes_are_killed(product: Product
     client = KeepingClient(volume.uri, SIZE_BYTES, seed=SEED)
     try:
         client.wait_acknowledged(50)
-        volume.start_and_hold(0.0, "8MiB/s", "8MiB/s")
+        volume.run("throttle", "--rate", "4MiB/s")
+        volume.run("start")
         if preferred == "target":
             volume.run("cutover", "--early")
         rounds(volume, client, ("member", "transfer", "agent"), 2)

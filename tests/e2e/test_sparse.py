@@ -20,9 +20,9 @@ def test_activity_log_keeps_up_with_writes_all_over_a_large_volume(
 ) -> None:
     """Random 4 KiB writes over 64 GiB touch every zone; the log takes them in batches, off the path of most writes."""
     volume = Volume.make(product, make_source(legs / "source", 64 * GIB, 0), legs / "target")
-    # Few different blocks, so that the file system is quick to free them.
-    writes = ["--rw=randwrite", "--bs=4k", "--blockalign=4m", "--iodepth=16", "--norandommap"]
-    writes += ["--time_based", "--runtime=4"]
+    # One block per zone, so that the file system is quick to free them.
+    writes = ["--rw=randwrite", "--bs=4k", "--blockalign=16m", "--iodepth=16", "--norandommap"]
+    writes += ["--time_based", "--runtime=3"]
     with Fio(legs, volume.uri, *writes, name="setup", timed=False) as fio:
         before = fio.wait()["write"]["iops"]
     volume.run("start")
@@ -55,6 +55,7 @@ def test_a_tebibyte_nearly_empty_is_synced_soon_with_little_memory(
     record_property("seconds", [started_s, synced_s])
     record_property("rss_mib", memory)
     print(f"created, up and started in {started_s:.1f} s, synced after {synced_s:.1f} s, resident MiB {memory}")
+    assert started_s < 30  # expected are two; the machine may be shared
     assert synced_s < 120
     assert max(memory.values()) < RSS_MIB_MAX
     assert status["copy"]["bytes_copied"] < 64 * MIB
