@@ -226,6 +226,9 @@ class World:
             for disk in self.disks:
                 disk.fail_flush = 1.0
                 self.at(0.04, lambda disk=disk: setattr(disk, "fail_flush", 0.0))  # type: ignore[misc]
+        elif what == "target's flushes fail":
+            self.disks[TARGET].fail_flush = 1.0
+            self.at(0.04, lambda: setattr(self.disks[TARGET], "fail_flush", 0.0))
         elif what == "target fails writes":
             self.disks[TARGET].fail_write = 0.7
             self.at(0.15, lambda: setattr(self.disks[TARGET], "fail_write", 0.0))
