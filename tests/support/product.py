@@ -153,7 +153,7 @@ class Volume:
     def wait_synced(self, limit_s: float = 120) -> dict[str, Any]:
         return self.product.wait_phase(self.name, "synced", limit_s)
 
-    def start_and_hold(self, fraction: float, rate: str = "32MiB/s") -> dict[str, Any]:
+    def start_and_hold(self, fraction: float, rate: str = "64MiB/s") -> dict[str, Any]:
         """Start, and slow the copy down when `fraction` is on both legs; the status at that point. The last order goes
         to the agent directly: a command may be too slow for a small volume."""
         self.run("throttle", "--rate", rate)
@@ -215,6 +215,8 @@ def make_source(path: Path, size_bytes: int, data_bytes: int | None = None) -> P
         file.truncate(size_bytes)
         for offset in range(0, size_bytes if data_bytes is None else data_bytes, _DATA_STEP):
             file.write(os.urandom(min(_DATA_STEP, size_bytes - offset)))
+        file.flush()
+        os.fsync(file.fileno())  # else the first flush of the leg has all of it to write
     return path
 
 
