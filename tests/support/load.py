@@ -128,6 +128,7 @@ BLOCK = 4 * KIB
 _HEAD = struct.Struct("<QQ")
 _RUN_BLOCKS_MAX = 16
 _RETRY_LIMIT_S = 60.0
+_RECONNECT_S = 0.01
 
 
 class KeepingClient:
@@ -212,14 +213,14 @@ class KeepingClient:
                     connection.connect_uri(self._uri)
                 work(connection)
                 return connection
-            except nbd.Error as error:
+            except nbd.Error:
                 lost = connection is None or connection.aio_is_dead() or connection.aio_is_closed()
                 lost = lost or (connection is not None and not connection.aio_is_ready())
                 if not lost or time.monotonic() > deadline_s:
                     raise
                 connection = None
                 self.reconnects += 1
-                del error
+                self._stopping.wait(_RECONNECT_S)
 
     def _check_read(self, connection: nbd.NBD, blocks: range) -> None:
         data = bytes(connection.pread(len(blocks) * BLOCK, blocks.start * BLOCK))
