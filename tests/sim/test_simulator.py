@@ -89,6 +89,7 @@ def test_nothing_acknowledged_is_lost(first: int) -> None:
         pytest.fail(f"seeds that fail: {failed}\n{report(failed[0])}", pytrace=False)
 
 
+@pytest.mark.timeout(900)  # seconds; about a minute where nothing else runs
 def test_rare_events_are_hit() -> None:
     """A run in which the rare paths do not occur proves nothing about them. Prints the counts (pytest -rA)."""
     coverage: Counter[str] = Counter()
