@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from shadowvol.agent.volumes import VerbError, create_volume, delete_volume, read_volume, read_volumes, retarget_volume
+from shadowvol.agent.errors import VerbError
+from shadowvol.agent.volumes import create_volume, delete_volume, read_volume, read_volumes, retarget_volume
 from shadowvol.clustersync.coordinator import Committed, CoordinatorUnreachable
 from shadowvol.core.legs import TARGET, Phase
 from shadowvol.core.records import Keys, VolumeConfig, VolumeState, encode_member, encode_state

@@ -6,10 +6,11 @@ The engine decides whether a verb is allowed; here is only what is about this ho
 import os
 from typing import TYPE_CHECKING, Any
 
+from shadowvol.agent.errors import VerbError, no_such_volume
 from shadowvol.agent.snapshot import live_status, record_of
 from shadowvol.agent.status import status_of
 from shadowvol.agent.volume import Volume
-from shadowvol.agent.volumes import VerbError, retarget_volume
+from shadowvol.agent.volumes import retarget_volume
 from shadowvol.core.records import Keys, RecordError, VolumeRecord, decode_volume, volume_names
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str
     if verb == "ping":
         return 0, "", {"host": agent.host, "state_url": agent.state_url}
     if verb == "status":
-        return await _status(agent, name)
+        return await _status(agent, name, options)
     if name is None:
         return 2, f"{verb} needs a volume", None
     try:
@@ -50,7 +51,7 @@ async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str
             unknown = set(options) - set(TRANSITIONS[verb])
             if unknown:
                 return 2, f"{verb} takes no option {sorted(unknown)[0]}", None
-            code, text = await _up_here(agent, name).command(verb, options)
+            code, text = await (await _up_here(agent, name)).command(verb, options)
             return code, text, None
     except VerbError as error:
         return error.code, error.text, None
@@ -60,13 +61,14 @@ async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str
 async def _record(agent: "Agent", name: str) -> VolumeRecord:
     snapshot = await agent.coordinator.read(Keys(name).prefix)
     if Keys(name).config not in snapshot.entries:
-        raise VerbError(4, f"no volume {name}")
+        raise no_such_volume(name)
     return decode_volume(name, snapshot.entries)
 
 
-def _up_here(agent: "Agent", name: str) -> Volume:
+async def _up_here(agent: "Agent", name: str) -> Volume:
     volume = agent.volumes.get(name)
     if volume is None:
+        await _record(agent, name)
         raise VerbError(3, f"volume {name} is down; bring it up first: shadowvol up {name}")
     return volume
 
@@ -109,7 +111,11 @@ async def _retarget(agent: "Agent", name: str, options: dict[str, Any]) -> Outco
     return 0, "", None
 
 
-async def _status(agent: "Agent", name: str | None) -> Outcome:
+async def _status(agent: "Agent", name: str | None, options: dict[str, Any]) -> Outcome:
+    """`until` with `limit_s`: the answer is kept back so long while the volume is not in that phase."""
+    waited = agent.volumes.get(name) if name is not None and "until" in options else None
+    if waited is not None:
+        await waited.wait_phase(options["until"], float(options["limit_s"]))
     snapshot = await agent.coordinator.read("volumes/")
     names = [name] if name is not None else volume_names(snapshot.entries)
     found: list[dict[str, Any]] = []

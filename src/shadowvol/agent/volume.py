@@ -199,6 +199,14 @@ class Volume:
                 await self._wait_change()
         return self.serving
 
+    async def wait_phase(self, phase: str, limit_s: float) -> None:
+        """Returns when the volume is in `phase`, has left for where a person has to decide, or after `limit_s`."""
+        with trio.move_on_after(limit_s):
+            while (engine := self.engine) is None or engine.phase != phase:
+                await self._wait_change()
+                if engine is not None and (engine.state.paused or engine.state.phase is not Phase.COPYING):
+                    return
+
     @property
     def serving(self) -> bool:
         engine = self.engine
@@ -446,5 +454,3 @@ class Volume:
         if self.engine is not None:
             self.engine.on_job_done(job, outcome, trio.current_time())
             self._pump()
-
-

@@ -22,6 +22,15 @@ from typing import TypeVar
 
 import trio
 
+from shadowvol.agent.errors import (
+    BAD_INPUT,
+    FAILED,
+    REFUSED,
+    UNREACHABLE,
+    VerbError,
+    check_name,
+    no_such_volume,
+)
 from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable, RecordDamaged
 from shadowvol.core.geometry import KIB, REGIONS_MAX_DEFAULT, Geometry, region_bytes_for
 from shadowvol.core.legs import Phase
@@ -42,37 +51,12 @@ from shadowvol.endpoints import blockdev
 from shadowvol.endpoints.identity import LegFacts, LegRefused, LegSpec, identity_of, probe, same_storage
 from shadowvol.endpoints.local import open_local
 
-BAD_INPUT, REFUSED, NO_SUCH_VOLUME, FAILED, TIMED_OUT, UNREACHABLE = 2, 3, 4, 1, 5, 6  # exit codes of DESIGN 12
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,47}")
 REGION_BYTES_MIN = 64 * KIB
 REGION_BYTES_MAX = 1 << 30  # one region is copied as a whole: beyond this a touched one is never done
 VOLUMES = "volumes/"
 _SIZE_PART = re.compile(r":size=\d+")
 
 T = TypeVar("T")
-
-
-class VerbError(Exception):
-    """A verb that ends with another exit code than 0. `text` is for the operator: one or two lines."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-        self.text = text
-
-
-def check_name(name: str) -> str:
-    """The name itself. Raises VerbError."""
-    if not NAME.fullmatch(name):
-        raise VerbError(
-            BAD_INPUT,
-            f"{name!r} is not a volume name: 1 to 48 of a-z 0-9 . _ -, the first one a letter or a digit",
-        )
-    return name
-
-
-def no_such_volume(name: str) -> VerbError:
-    return VerbError(NO_SUCH_VOLUME, f"there is no volume {name}; shadowvol status lists them")
 
 
 # ---------------------------------------------------------------- verbs

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from shadowvol.agent.volumes import FAILED, VerbError
+from shadowvol.agent.errors import FAILED, VerbError
 from shadowvol.cli.invocation import Invocation, pass_invocation
 
 COMMAND_LIMIT_S = 20
@@ -129,6 +129,3 @@ def doctor(invocation: Invocation) -> None:
         click.echo(f"missing  {check.what}{note}: {check.remedy}")
     if lacking:
         raise VerbError(FAILED, f"{lacking} things that shadowvol needs are missing")
-
-
-VERBS: tuple[click.Command, ...] = (doctor,)

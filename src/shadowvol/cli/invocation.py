@@ -1,32 +1,34 @@
-"""What every verb needs: the settings in force, the record of truth, the agent. All errors leave as VerbError."""
+"""What every verb needs: the settings in force, the record of truth, the agent. All errors leave as VerbError.
+
+A verb that the agent performs asks the agent at once: what reads the record itself (SQLite, trio, the codecs) is
+imported only where it is used, since it takes longer to load than most verbs take.
+"""
 
 import os
 import shlex
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-import trio
 
 from shadowvol.agent import client
-from shadowvol.agent.paths import Settings, SettingsError, resolve
-from shadowvol.agent.status import status_of
-from shadowvol.agent.volumes import (
+from shadowvol.agent.errors import (
     BAD_INPUT,
     FAILED,
+    NO_SUCH_VOLUME,
     TIMED_OUT,
     UNREACHABLE,
     VerbError,
     check_name,
     no_such_volume,
-    read_volume,
-    read_volumes,
 )
-from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable, RecordDamaged
-from shadowvol.clustersync.open import open_coordinator
-from shadowvol.core.records import VolumeRecord
+from shadowvol.agent.paths import Settings, SettingsError, resolve
+
+if TYPE_CHECKING:
+    from shadowvol.clustersync.coordinator import Coordinator
+    from shadowvol.core.records import VolumeRecord
 
 T = TypeVar("T")
 
@@ -73,8 +75,13 @@ class Invocation:
 
     # ------------------------------------------------------------ the record of truth
 
-    def on_record(self, work: Callable[[Coordinator], Awaitable[T]]) -> T:
+    def on_record(self, work: "Callable[[Coordinator], Awaitable[T]]") -> T:
         """Run `work` on the opened record."""
+        import trio
+
+        from shadowvol.clustersync.coordinator import CoordinatorUnreachable, RecordDamaged
+        from shadowvol.clustersync.open import open_coordinator
+
         try:
             coordinator = open_coordinator(self.settings.state_url)
         except ValueError as error:
@@ -100,8 +107,10 @@ class Invocation:
             return False
         return os.path.isdir(os.path.dirname(path)) or self.settings.state_url == self.settings.home.state_url
 
-    def records(self) -> dict[str, VolumeRecord]:
+    def records(self) -> "dict[str, VolumeRecord]":
         """All that check out; one that does not is named on stderr and stops no other."""
+        from shadowvol.agent.volumes import read_volumes
+
         if self._nothing_recorded():
             return {}
         sound, damaged = self.on_record(read_volumes)
@@ -109,7 +118,9 @@ class Invocation:
             click.echo(f"shadowvol: {text}", err=True)
         return sound
 
-    def record(self, name: str) -> VolumeRecord:
+    def record(self, name: str) -> "VolumeRecord":
+        from shadowvol.agent.volumes import read_volume
+
         check_name(name)
         if self._nothing_recorded():
             raise no_such_volume(name)
@@ -124,42 +135,56 @@ class Invocation:
         options: dict[str, Any] | None = None,
         timeout_s: float = VERB_LIMIT_S,
     ) -> client.Result:
-        """The agent's answer, if it is a good one."""
-        try:
-            result = client.call(self.settings.home, verb, name, options, timeout_s)
-        except client.AgentNotRunning:
-            raise self.no_agent(name) from None
-        except client.AgentFailed as error:
-            raise VerbError(TIMED_OUT if error.timed_out else FAILED, str(error)) from None
+        """The agent's answer, if it is a good one. An unknown volume is said before a missing agent."""
+        if name is not None:
+            check_name(name)
+        result = self._ask(verb, name, options, timeout_s)
+        if result is None:
+            if name is not None:
+                self.record(name)
+            raise self.no_agent(name)
         if result.code:
             raise VerbError(result.code, result.text or f"{verb} failed")
         return result
+
+    def _ask(
+        self, verb: str, name: str | None, options: dict[str, Any] | None, timeout_s: float
+    ) -> client.Result | None:
+        """None: there is no agent."""
+        try:
+            return client.call(self.settings.home, verb, name, options, timeout_s)
+        except client.AgentNotRunning:
+            return None
+        except client.AgentFailed as error:
+            raise VerbError(TIMED_OUT if error.timed_out else FAILED, str(error)) from None
 
     def no_agent(self, name: str | None) -> VerbError:
         up = self.command("up", name) if name else self.command("up")
         return VerbError(FAILED, f"no agent is running on this host; start it: {up} (or: {self.command('agent')})")
 
-    def status(self, name: str) -> tuple[dict[str, Any], bool]:
-        """Status of one volume, and whether an agent told it."""
-        record = self.record(name)
-        try:
-            answer = client.call(self.settings.home, "status", name, timeout_s=STATUS_LIMIT_S)
-        except client.AgentNotRunning:
-            return status_of(record, None, host=self.settings.host), False
-        except client.AgentFailed as error:
-            raise VerbError(TIMED_OUT if error.timed_out else FAILED, str(error)) from None
+    def status(self, name: str, until: tuple[str, float] | None = None) -> tuple[dict[str, Any], bool]:
+        """Status of one volume, and whether an agent told it. `until`: the agent's answer may wait for this phase, for
+        so many seconds."""
+        check_name(name)
+        options = None if until is None else {"until": until[0], "limit_s": until[1]}
+        answer = self._ask("status", name, options, STATUS_LIMIT_S + (until[1] if until else 0.0))
+        if answer is None:
+            from shadowvol.agent.status import status_of
+
+            return status_of(self.record(name), None, host=self.settings.host), False
+        if answer.code == NO_SUCH_VOLUME:
+            raise no_such_volume(name)
         if answer.code:
             raise VerbError(answer.code, answer.text)
         return answer.data, True
 
     def statuses(self) -> tuple[list[dict[str, Any]], bool]:
         """Status of all volumes, by name."""
-        try:
-            answer = client.call(self.settings.home, "status", None, timeout_s=STATUS_LIMIT_S)
-        except client.AgentNotRunning:
+        answer = self._ask("status", None, None, STATUS_LIMIT_S)
+        if answer is None:
+            from shadowvol.agent.status import status_of
+
             return [status_of(record, None, host=self.settings.host) for record in self.records().values()], False
-        except client.AgentFailed as error:
-            raise VerbError(TIMED_OUT if error.timed_out else FAILED, str(error)) from None
         if answer.code:
             raise VerbError(answer.code, answer.text)
         return answer.data, True

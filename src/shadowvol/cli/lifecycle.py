@@ -4,9 +4,8 @@ from functools import partial
 
 import click
 
-from shadowvol.agent import client, locks
-from shadowvol.agent.daemon import run_agent
-from shadowvol.agent.volumes import FAILED, VerbError, create_volume, delete_volume
+from shadowvol.agent import client
+from shadowvol.agent.errors import FAILED, VerbError
 from shadowvol.cli.invocation import Invocation, pass_invocation
 from shadowvol.cli.units import DURATION, SIZE, format_bytes
 
@@ -36,6 +35,8 @@ def create(
 ) -> None:
     """Record a new volume; nothing is copied yet."""
     invocation.check_volume_name(name)
+    from shadowvol.agent.volumes import create_volume
+
     invocation.prepare()
     work = partial(
         create_volume,
@@ -115,6 +116,8 @@ def _chosen(invocation: Invocation, names: tuple[str, ...]) -> list[str]:
 @pass_invocation
 def agent(invocation: Invocation) -> int:
     """Be the agent of this host, in the foreground."""
+    from shadowvol.agent.daemon import run_agent
+
     invocation.prepare()
     settings = invocation.settings
     return run_agent(settings.home, settings.state_url, settings.host)
@@ -126,6 +129,9 @@ def agent(invocation: Invocation) -> int:
 @pass_invocation
 def delete(invocation: Invocation, name: str, force: bool) -> None:
     """Forget a volume. The data on its legs stays."""
+    from shadowvol.agent import locks
+    from shadowvol.agent.volumes import delete_volume
+
     record = invocation.record(name)
     if force and record.state.up and record.state.phase in ("setup", "committed"):
         invocation.call("down", name, {"force": True})
@@ -133,6 +139,3 @@ def delete(invocation: Invocation, name: str, force: bool) -> None:
     if not invocation.record(name).state.up and lock.exists() and not locks.is_free(lock):
         raise VerbError(FAILED, f"a member of volume {name} still runs here; shadowvol up {name}, then down, ends it")
     invocation.on_record(lambda coordinator: delete_volume(coordinator, name, force))
-
-
-VERBS: tuple[click.Command, ...] = (create, up, down, agent, delete)

@@ -123,6 +123,3 @@ def _remarks(one: dict[str, Any]) -> list[str]:
     if one["last_error"]:
         remarks.append(f"last error: {one['last_error']}")
     return remarks
-
-
-VERBS: tuple[click.Command, ...] = (status,)

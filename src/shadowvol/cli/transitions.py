@@ -5,18 +5,16 @@ from typing import Any
 
 import click
 
-from shadowvol.agent.volumes import BAD_INPUT, FAILED, TIMED_OUT, VerbError
+from shadowvol.agent.errors import BAD_INPUT, FAILED, TIMED_OUT, VerbError, check_name
 from shadowvol.cli.invocation import Invocation, pass_invocation
 from shadowvol.cli.units import DURATION, RATE
-from shadowvol.endpoints.identity import LegRefused, LegSpec
 
-WAIT_POLL_S = 0.2
+WAIT_POLL_S = 0.2  # where no agent can tell at once
+WAIT_TURN_S = 2.0  # how long the agent keeps a status back while the phase is not reached
 AGENT_ABSENCE_S = 15.0  # an agent that was there may be restarting
 
 
 def _perform(invocation: Invocation, verb: str, name: str, options: dict[str, Any] | None = None) -> None:
-    """An unknown volume or a bad name is said before a missing agent."""
-    invocation.record(name)
     result = invocation.call(verb, name, options)
     if result.text:
         click.echo(result.text)
@@ -90,7 +88,9 @@ def abort(invocation: Invocation, name: str) -> None:
 @pass_invocation
 def retarget(invocation: Invocation, name: str, target: str, provision: bool, force: bool) -> None:
     """Give a volume in phase setup another target."""
-    invocation.record(name)
+    from shadowvol.endpoints.identity import LegRefused, LegSpec
+
+    check_name(name)
     try:
         path = LegSpec.parse(target).path  # here, where relative paths mean what the operator means
     except LegRefused as error:
@@ -127,8 +127,11 @@ def wait(invocation: Invocation, name: str, phase: str, timeout_s: float | None)
     """Wait until a volume is in a phase. Exit 1 when that needs an operator first."""
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     agent_seen_s: float | None = None
+    until: tuple[str, float] | None = None  # the first answer comes at once: it may be hopeless
     while True:
-        status, by_agent = invocation.status(name)
+        left_s = WAIT_TURN_S if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        status, by_agent = invocation.status(name, until)
+        until = (phase, min(WAIT_TURN_S, left_s))
         if is_reached(status, phase):
             return
         now_s = time.monotonic()
@@ -143,7 +146,8 @@ def wait(invocation: Invocation, name: str, phase: str, timeout_s: float | None)
         if deadline_s is not None and now_s >= deadline_s:
             percent = int(status["fraction_both_ok"] * 100)
             raise VerbError(TIMED_OUT, f"volume {name} is still {status['phase']} ({percent} % on both legs)")
-        time.sleep(WAIT_POLL_S if deadline_s is None else max(0.0, min(WAIT_POLL_S, deadline_s - now_s)))
+        if not by_agent:
+            time.sleep(WAIT_POLL_S if deadline_s is None else max(0.0, min(WAIT_POLL_S, deadline_s - now_s)))
 
 
 def is_reached(status: dict[str, Any], wanted: str) -> bool:
@@ -171,17 +175,3 @@ def hopeless(status: dict[str, Any], wanted: str) -> str | None:
     if status["copy"]["state"] == "failed":
         return f"copying failed: {status['copy']['reason'] or 'see shadowvol status'}"
     return None
-
-
-VERBS: tuple[click.Command, ...] = (
-    start,
-    pause,
-    resume,
-    cutover,
-    undo,
-    commit,
-    abort,
-    retarget,
-    throttle,
-    wait,
-)
