@@ -86,7 +86,7 @@ def live_status(home: Home, volume: Volume) -> LiveStatus:
         eta_s=volume.progress.eta_s(bytes_left) if running else None,
         legs=(leg_status(volume, engine, SOURCE), leg_status(volume, engine, TARGET)),
         nbd_uri=home.nbd_uri(volume.name) if volume.serving else None,
-        device=None,
+        device=volume.attachment.device,
         agent_pid=os.getpid(),
         member_pid=volume.plane.pid,
         transfer_pid=volume.copier.pid,
@@ -94,6 +94,7 @@ def live_status(home: Home, volume: Volume) -> LiveStatus:
         leader=engine.host,
         members=members,
         transition=transition,
+        last_error=volume.attachment.error,
         io={**_io(volume), "windows_open": len(engine.windows), "change": doing["change"]},
     )
 

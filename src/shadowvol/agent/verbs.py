@@ -45,6 +45,10 @@ async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str
             return await _up(agent, name)
         if verb == "down":
             return await _down(agent, name, bool(options.get("force")))
+        if verb == "attach":
+            return await _attach(agent, name, options)
+        if verb == "detach":
+            return await _detach(agent, name)
         if verb == "retarget":
             return await _retarget(agent, name, options)
         if verb in TRANSITIONS:
@@ -93,8 +97,32 @@ async def _down(agent: "Agent", name: str, force: bool) -> Outcome:
     volume = agent.volumes.get(name)
     if volume is None:
         return 0, "", None
-    code, text = await volume.take_down(force)
+    attachment = volume.attachment
+    if attachment.wanted:
+        where = f" as {attachment.device}" if attachment.device else ""
+        return 3, f"volume {name} is attached{where}, which must not die; shadowvol detach {name} first", None
+    attachment.closing = True
+    try:
+        code, text = await volume.take_down(force)
+    finally:
+        attachment.closing = False
     return code, text, None
+
+
+async def _attach(agent: "Agent", name: str, options: dict[str, Any]) -> Outcome:
+    """Only while it is up: what is attached to a volume that is down would hang."""
+    volume = await _up_here(agent, name)
+    return 0, "", {"device": await volume.attachment.attach(options.get("device"))}
+
+
+async def _detach(agent: "Agent", name: str) -> Outcome:
+    record = await _record(agent, name)
+    volume = agent.volumes.get(name)
+    if volume is not None:
+        await volume.attachment.detach()
+    elif agent.host in record.attached:
+        return 3, f"volume {name} is down, but was attached; shadowvol up {name}, then detach", None
+    return 0, "", None
 
 
 async def _retarget(agent: "Agent", name: str, options: dict[str, Any]) -> Outcome:

@@ -17,6 +17,7 @@ from typing import Any
 
 import trio
 
+from shadowvol.agent.attachment import Attachment
 from shadowvol.agent.copier import Copier
 from shadowvol.agent.dataplane import DataPlane
 from shadowvol.agent.paths import Home
@@ -74,6 +75,7 @@ class Volume:
         self._copier_ended.set()
         self.copier = self._new_copier()
         self.plane: DataPlane | None = None
+        self.attachment = Attachment(self.name, home, coordinator, host, self.wait_serving)
         self._scope = trio.CancelScope()
         self.ended = trio.Event()
 
@@ -101,6 +103,8 @@ class Volume:
                     self._nursery = nursery
                     nursery.start_soon(self._serve_log)
                     nursery.start_soon(self.plane.run)
+                    self.attachment.restore(record.attached, self.host)
+                    nursery.start_soon(self.attachment.run)
                     nursery.start_soon(self._tick)
                     nursery.start_soon(self._mind_copier)
                     await self._lead_for_ever()
@@ -317,6 +321,7 @@ class Volume:
         return {"path": record.uri, "cache": record.cache, "identity": record.identity}
 
     def _member_up(self, incarnation: int) -> None:
+        self.attachment.member_up()
         if self.engine is not None:
             self._meet_member(self.engine, incarnation)
             self._pump()

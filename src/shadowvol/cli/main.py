@@ -32,6 +32,7 @@ _MODULES = {
         "throttle",
         "wait",
     ),
+    "attach": ("attach", "detach"),
     "status": ("status",),
     "doctor": ("doctor",),
 }

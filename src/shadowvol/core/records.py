@@ -9,6 +9,7 @@ Key layout (docs/data_format.md), below `volumes/NAME/`:
   transition          the transition in progress                                         (leader)
   members/HOST        registered member incarnations                                     (leader)
   activity/HOST/000…  each member's durable activity log, a bitmap of zones per chunk    (that host's agent)
+  attached/HOST       it is to be a kernel block device there, and which one was asked for (that host's agent)
 
 Every value is JSON (config … members) or the packed bytes described here. Unknown or damaged values raise ValueError.
 """
@@ -109,6 +110,7 @@ class VolumeRecord:
     transition: dict[str, Any] | None = None
     members: dict[str, int] = field(default_factory=dict)  # host -> incarnation
     activity: dict[str, set[int]] = field(default_factory=dict)  # host -> logged zones
+    attached: dict[str, str | None] = field(default_factory=dict)  # host -> the device that was asked for, if any
 
 
 class Keys:
@@ -135,6 +137,9 @@ class Keys:
     def activity(self, host: str) -> str:
         return f"{self.prefix}activity/{host}/"
 
+    def attached(self, host: str) -> str:
+        return f"{self.prefix}attached/{host}"
+
 
 def dumps(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
@@ -158,6 +163,10 @@ def encode_window(window: WindowRecord) -> bytes:
 
 def encode_member(incarnation: int) -> bytes:
     return dumps({"incarnation": incarnation})
+
+
+def encode_attached(device: str | None) -> bytes:
+    return dumps({"device": device})
 
 
 def encode_zones(zones: set[int], chunk: int) -> bytes:
@@ -260,6 +269,8 @@ def _decode_entry(keys: Keys, record: VolumeRecord, key: str, value: bytes) -> N
         record.windows[window.id] = window
     elif rest.startswith("members/"):
         record.members[rest.split("/")[1]] = json.loads(value)["incarnation"]
+    elif rest.startswith("attached/"):
+        record.attached[rest.split("/")[1]] = json.loads(value)["device"]
     elif rest.startswith("activity/"):
         _, host, chunk = rest.split("/")
         record.activity.setdefault(host, set()).update(decode_zones(value, int(chunk)))
