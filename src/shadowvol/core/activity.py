@@ -11,6 +11,8 @@ Invariants (each is a † rule, proved by the simulator)
 Times are seconds on whatever clock the caller ticks with; the path of an I/O reads no clock.
 """
 
+from collections.abc import Iterable
+
 from shadowvol.core.geometry import Run, runs_of
 from shadowvol.core.rules import NONE_OMITTED
 
@@ -78,6 +80,15 @@ class Activity:
                 dirty = self.dirty[leg]
                 for zone in zones:
                     dirty[zone] = self._clock
+
+    def written_elsewhere(self, zones: Iterable[tuple[int, int]], now_s: float) -> None:
+        """(zone, legs) that another executor has written since the last call, or is writing now (nbd/gate.py)."""
+        self._clock += 1
+        for zone, legs in zones:
+            self._last_write_s[zone] = now_s
+            for leg in (0, 1):
+                if legs & (1 << leg):
+                    self.dirty[leg][zone] = self._clock
 
     # ---- flush ----
 

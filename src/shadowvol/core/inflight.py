@@ -7,6 +7,8 @@ Invariants
 - A request whose I/O has ended but whose fault is not settled keeps its range, but no drain waits for it: its bytes
   have stopped moving, and who drains learns of the open fault by other means (Freeze's answer). A drain that did wait
   could be the one that the settling of the fault waits for.
+- Where another executor obeys the published table too (nbd/gate.py), `gather` is called before each snapshot, with
+  (extents, reads, writes): it makes a ticket of everything that the other one has in flight there.
 """
 
 from collections.abc import Callable
@@ -56,6 +58,7 @@ class InFlight:
         self.align_bytes = align_bytes
         self.writes: dict[int, Ticket] = {}
         self.reads: dict[int, Ticket] = {}
+        self.gather: Callable[[list[Run] | None, bool, bool], None] | None = None
         self._drains: list[Drain] = []
         self._number = 0
 
@@ -89,6 +92,8 @@ class InFlight:
 
     def drain(self, extents: list[Run] | None, *, reads: bool, writes: bool, done: Callable[[], None]) -> None:
         """Call `done` when the I/O now in flight that touches `extents` (bytes; None: all) has ended; maybe at once."""
+        if self.gather is not None:
+            self.gather(extents, reads, writes)
         waiting: set[int] = set()
         for wanted, held in ((writes, self.writes), (reads, self.reads)):
             if wanted:
@@ -102,6 +107,8 @@ class InFlight:
 
     def when_settled(self, done: Callable[[], None]) -> None:
         """Call `done` when the writes now in flight are settled; maybe at once."""
+        if self.gather is not None:
+            self.gather(None, False, True)
         self._drains.append(Drain(set(self.writes), done, settled=True))
         self._fire()
 

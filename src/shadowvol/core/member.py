@@ -53,6 +53,18 @@ __all__ = [
 class MemberEngine(MemberProtocol):
     """See the module's header."""
 
+    # ------------------------------------------------------------------ data path: another executor
+
+    def adopt(self, kind: int, start: int, end: int, legs: int) -> Ticket:
+        """A ticket for I/O that another executor has begun by the published table (nbd/gate.py): one run, in flight.
+
+        It ends as every ticket does, by finish_read or finish_write."""
+        runs = [(start, end, legs)]
+        if kind == READ:
+            return self.inflight.admit(READ, start, end, runs)
+        self.activity.begin(self.geometry.zones_of(start, end), legs)
+        return self.inflight.admit(WRITE, *self.inflight.rounded(start, end), runs)
+
     # ------------------------------------------------------------------ data path: reads
 
     def admit_read(self, start: int, end: int) -> Ticket | None:

@@ -6,7 +6,8 @@ The member engine is one machine in four files, each a part of the one class (co
     member_protocol.py  obeying the leader's requests
     member.py           the data path: reads and writes
 
-Invariant: `table` is `own` translated by `_published`, always; only `_publish` writes it.
+Invariant: `table` is `own` translated by `_published`, always; only `_publish` writes it, and notes what it wrote in
+`changed` where somebody else obeys the table too.
 """
 
 from collections.abc import Callable
@@ -123,6 +124,7 @@ class MemberState:
         self.fresh_allowed = False
         self.own = bytearray(geometry.region_count)
         self.table = bytearray([SLOW]) * geometry.region_count
+        self.changed: list[Run] | None = None  # None: nobody wants to know
         self._published = published_table(self.phase, self.preferred)
         self.inflight = InFlight(align_bytes)
         self.activity = Activity(omit, idle_s)
@@ -177,6 +179,11 @@ class MemberState:
 
     # ------------------------------------------------------------------ the picture of the map
 
+    @property
+    def freeze(self) -> Freeze | None:
+        """What is held of new I/O now, beside the blocks of windows."""
+        return self._freeze
+
     def open_legs(self) -> int:
         """Legs that may have to be written or flushed in this phase, as bits.
 
@@ -197,6 +204,8 @@ class MemberState:
     def _publish(self, runs: list[Run]) -> None:
         for lo, hi in runs:
             self.table[lo:hi] = self.own[lo:hi].translate(self._published)
+        if self.changed is not None:
+            self.changed += runs
 
     def _mark(self, runs: list[Run], mark: int, on: bool) -> None:
         table = bytes((value | mark) if on else (value & ~mark) for value in range(256))

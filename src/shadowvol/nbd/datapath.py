@@ -12,6 +12,8 @@ Invariants
 - Nothing here decides where an I/O goes, or what a failure means: the engine does.
 - The lock is never held across I/O of a leg or of the link. `perform` is called with it and only fills queues.
 - An endpoint is fetched between admission (or begin_flush) and the end of that I/O, never kept: see OpenLegs.
+- A request may have been begun by the executor in front of us (nbd/gate.py). Then its ticket is claimed, not admitted,
+  and step 2 is left out if it has been done without a failure. Every call of the engine is followed by `perform`.
 
 Waiting: writes blocked by an overlapping one wait for `_overlap_ended`, all others for `changed`, so that a held write
 is not woken by each of its neighbours that ends.
@@ -23,10 +25,12 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from shadowvol.core.inflight import Ticket
+from shadowvol.core.inflight import READ, WRITE, Ticket
 from shadowvol.core.legs import BOTH_OK, LEG_NAMES, SOURCE, TARGET
 from shadowvol.core.member import Effect, FlushTicket, MemberEngine
 from shadowvol.endpoints.base import Endpoint
+from shadowvol.nbd.counters import Counters
+from shadowvol.nbd.gate import Gate
 from shadowvol.nbd.openlegs import OpenLegs
 
 Buffer = memoryview | bytearray
@@ -41,36 +45,7 @@ _ORDER = (  # [preferred][legs]: the legs of a write in the order they are writt
     ((), (SOURCE,), (TARGET,), (SOURCE, TARGET)),
 )
 _NO_FAILURE: list[tuple[int, int, int]] = []  # shared, never changed
-
-
-class Counters:
-    """Plain numbers, changed under the lock. `*_longest_s` are since the last take_longest()."""
-
-    __slots__ = (
-        "flushes",
-        "hold_longest_s",
-        "read_bytes",
-        "read_longest_s",
-        "reads",
-        "write_bytes",
-        "write_longest_s",
-        "writes",
-    )
-
-    def __init__(self) -> None:
-        self.reads = self.read_bytes = self.writes = self.write_bytes = self.flushes = 0
-        self.hold_longest_s = self.read_longest_s = self.write_longest_s = 0.0
-
-    def totals(self) -> dict[str, int]:
-        names = ("reads", "read_bytes", "writes", "write_bytes", "flushes")
-        return {name: getattr(self, name) for name in names}
-
-    def take_longest(self) -> dict[str, float]:
-        names = ("hold_longest_s", "read_longest_s", "write_longest_s")
-        taken = {name: getattr(self, name) for name in names}
-        for name in names:
-            setattr(self, name, 0.0)
-        return taken
+_DONE: tuple[int, list[tuple[int, int, int]], str] = (0, _NO_FAILURE, "")  # first errno, failed runs, text
 
 
 class DataPath:
@@ -79,17 +54,19 @@ class DataPath:
     def __init__(
         self,
         engine: MemberEngine,
+        gate: Gate,
         legs: OpenLegs,
         perform: Callable[[list[Effect]], None],
         log: Callable[[str], None],
     ) -> None:
         self.engine = engine
+        self.gate = gate
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
         self.counters = Counters()
         self.flushing = [0, 0]  # flushes under way, by leg
         self._legs = legs
-        self._perform = perform
+        self._queue = perform
         self._log = log
         self._overlap_ended = threading.Condition(self.lock)
         self._overlap_waiters = 0
@@ -103,6 +80,13 @@ class DataPath:
             self.changed.notify_all()
             self._overlap_ended.notify_all()
 
+    def perform(self) -> None:
+        """With the lock, after each call of the engine: obey what it published, then hand on its effects."""
+        self.gate.publish()
+        effects = self.engine.take_effects()
+        if effects:
+            self._queue(effects)
+
     # ------------------------------------------------------------------ reads
 
     def pread_into(self, buffer: Buffer, start: int) -> None:
@@ -112,28 +96,23 @@ class DataPath:
         if not length:
             return
         engine, counters, tries = self.engine, self.counters, 0
+        with self.lock:
+            begun_s = self.gate.begun_s(begun_s)
+            claimed, done = self.gate.claim(READ, start, start + length)
+            ticket = claimed or self._admit(engine.admit_read, start, start + length)
         while True:
-            with self.lock:
-                ticket = engine.admit_read(start, start + length)
-                if ticket is None:
-                    ticket = self._wait_admitted(engine.admit_read, start, start + length)
-            first_error, failed, text = self._read_runs(ticket, buffer, start)
+            first_error, failed, text = _DONE if done else self._read_runs(ticket, buffer, start)
             with self.lock:
                 ticket.tries = tries
                 engine.finish_read(ticket, failed, text)
-                effects = engine.take_effects()
-                if effects:
-                    self._perform(effects)
+                self.perform()
                 if not ticket.settled:
                     self._wait_settled(ticket)
                 if not ticket.retry:
-                    counters.reads += 1
-                    counters.read_bytes += length
-                    took_s = monotonic() - begun_s
-                    if took_s > counters.read_longest_s:
-                        counters.read_longest_s = took_s
+                    counters.read_ended(length, monotonic() - begun_s)
                     break
-                tries = ticket.tries
+                tries, done = ticket.tries, False
+                ticket = self._admit(engine.admit_read, start, start + length)
         if ticket.error is not None:
             raise OSError(first_error or errno.EIO, ticket.error)
 
@@ -156,9 +135,7 @@ class DataPath:
         """(offset, length, hole) in order from `start` on; perhaps for less than `count` bytes."""
         end = start + min(count, EXTENTS_BYTES_MAX)
         with self.lock:
-            ticket = self.engine.admit_read(start, end)
-            if ticket is None:
-                ticket = self._wait_admitted(self.engine.admit_read, start, end)
+            ticket = self._admit(self.engine.admit_read, start, end)
         found: list[tuple[int, int, bool]] = []
         try:
             for first, last, legs in ticket.runs:
@@ -170,7 +147,7 @@ class DataPath:
         finally:
             with self.lock:
                 self.engine.finish_read(ticket, _NO_FAILURE)
-                self._perform(self.engine.take_effects())
+                self.perform()
         return found
 
     # ------------------------------------------------------------------ writes
@@ -204,14 +181,16 @@ class DataPath:
         begun_s = monotonic()
         if end <= start:
             return
-        engine, counters = self.engine, self.counters
+        engine = self.engine
         with self.lock:  # step 1
-            ticket = engine.admit_write(start, end)
-            if ticket is None:
-                ticket = self._wait_admitted(engine.admit_write, start, end)
-        first_error, failed, text = 0, _NO_FAILURE, ""
+            begun_s = self.gate.begun_s(begun_s)
+            claimed, done = self.gate.claim(WRITE, start, end)
+            ticket = claimed or self._admit(engine.admit_write, start, end)
+            if not claimed:
+                self._log_zones_of(ticket)
+        first_error, failed, text = _DONE
         order = _ORDER[engine.preferred]  # does not change while a write is in flight
-        for first, last, legs in ticket.runs:  # step 2
+        for first, last, legs in () if done else ticket.runs:  # step 2
             if only_where_punched and not self._can_punch(legs):
                 ticket.adopt = None  # nothing was written: nothing can count as overwritten
                 continue
@@ -224,23 +203,23 @@ class DataPath:
                     failed = [*failed, (leg, first, last)]
         with self.lock:  # step 3
             engine.finish_write(ticket, start, end, failed, text)
-            effects = engine.take_effects()
-            if effects:
-                self._perform(effects)
+            self.perform()
             if self._overlap_waiters:
                 self._overlap_ended.notify_all()
             if not ticket.settled:
                 self._wait_settled(ticket)
                 self._overlap_ended.notify_all()
-            counters.writes += 1
-            counters.write_bytes += end - start
-            took_s = monotonic() - begun_s
-            if took_s > counters.write_longest_s:
-                counters.write_longest_s = took_s
+            self.counters.write_ended(end - start, monotonic() - begun_s)
         if ticket.error is not None:
             raise OSError(first_error or errno.EIO, ticket.error)
         if fua:  # step 4
             self.flush()
+
+    def _log_zones_of(self, ticket: Ticket) -> None:
+        """With the lock: the zones of a mirrored write that has just been admitted are in the log."""
+        for start, end, legs in ticket.runs:
+            if legs == BOTH_OK:
+                self.gate.log_zones(self.engine.geometry.zones_of(start, end), True)
 
     def _can_punch(self, legs: int) -> bool:
         endpoints = self._legs.endpoints
@@ -261,9 +240,11 @@ class DataPath:
     def flush_legs(self, token: int) -> FlushTicket:
         """Flush, and tell the engine. The ticket may not be settled yet."""
         with self.lock:
+            self.gate.collect(monotonic())
             ticket = self.engine.begin_flush(token)
             while ticket is None:
                 self._wait_changed()
+                self.gate.collect(monotonic())
                 ticket = self.engine.begin_flush(token)
             legs = [leg for leg in (SOURCE, TARGET) if ticket.legs & (1 << leg)]
             for leg in legs:
@@ -277,21 +258,25 @@ class DataPath:
         with self.lock:
             for leg in legs:
                 self.flushing[leg] -= 1
+            self.gate.collect(monotonic())
             self.engine.finish_flush(ticket, failed)
-            self._perform(self.engine.take_effects())
+            self.perform()
             self.changed.notify_all()  # it may have settled other flushes
         return ticket
 
     # ------------------------------------------------------------------ waiting (with the lock)
 
-    def _wait_admitted(self, admit: Callable[[int, int], Ticket | None], start: int, end: int) -> Ticket:
-        """`admit` has just returned None; ask it again whenever something has changed."""
+    def _admit(self, admit: Callable[[int, int], Ticket | None], start: int, end: int) -> Ticket:
+        """Ask `admit`; when it returns None, again whenever something has changed."""
+        ticket = admit(start, end)
+        if ticket is not None:
+            return ticket
         held_since_s = 0.0
         while True:
             blocked = self.engine.blocked
             if blocked == "hold" and not held_since_s:
                 held_since_s = monotonic()
-            self._perform(self.engine.take_effects())
+            self.perform()
             if blocked == "overlap":
                 self._overlap_waiters += 1
                 try:
@@ -342,7 +327,8 @@ class DataPath:
 
     def in_flight(self) -> bool:
         """With the lock."""
-        return bool(self.engine.inflight.writes or self.engine.inflight.reads or any(self.flushing))
+        inflight = self.engine.inflight
+        return bool(inflight.writes or inflight.reads or any(self.flushing) or self.gate.in_flight())
 
 
 def _punch(endpoint: Endpoint, first: int, last: int) -> None:

@@ -29,7 +29,9 @@ from shadowvol.core.member import HOLD_LIMIT_S, DoFlush, DoPrepare, Effect, Memb
 from shadowvol.core.messages import Ask, Reply, Request, SetState, from_wire
 from shadowvol.link.framing import Frame
 from shadowvol.nbd.agentlink import AgentLink
+from shadowvol.nbd.counters import Recent, Totals
 from shadowvol.nbd.datapath import DataPath
+from shadowvol.nbd.gate import Gate, NoExecutor
 from shadowvol.nbd.openlegs import LegRecord, OpenLegs
 
 TICK_S = 0.05
@@ -94,7 +96,8 @@ class Member:
         self.engine = MemberEngine(self.geometry, spec.incarnation, align_bytes=1)
         self.legs = OpenLegs(spec.geometry.size_bytes, self.log)
         self.legs.records = [spec.source, spec.target]
-        self.data = DataPath(self.engine, self.legs, self._perform, self.log)
+        self.gate: Gate = NoExecutor(self.engine, "there is none yet")
+        self.data = DataPath(self.engine, self.gate, self.legs, self._queue, self.log)
         self._listen_fd = listen_fd
         self._link = AgentLink(spec.link, self._hello, self._asks, self._received, self.log)
         self._flushes: SimpleQueue[int] = SimpleQueue()
@@ -104,7 +107,8 @@ class Member:
         self._going_down = False
         self._clock_skip_s = 0.0
         self._stats_at_s = 0.0
-        self._totals_sent: dict[str, int] = self.data.counters.totals()
+        self._recent = Recent()
+        self._numbers_sent: dict[str, int] = self._totals().numbers()
 
     def start(self) -> None:
         """Open the source and start the threads. The member serves when the leader has told it the state."""
@@ -147,7 +151,7 @@ class Member:
 
     # ------------------------------------------------------------------ effects
 
-    def _perform(self, effects: list[Effect]) -> None:
+    def _queue(self, effects: list[Effect]) -> None:
         """With the lock: only fills queues."""
         for effect in effects:
             if isinstance(effect, Send):
@@ -191,10 +195,11 @@ class Member:
             self._open_for(message, message.body)
         with self.data.lock:
             legs = self.engine.open_legs()
+            self.gate.collect(self._now_s())
             self.engine.receive(message, self._now_s())
             if self.engine.open_legs() != legs:
                 self._keep_only_open_legs()
-            self._perform(self.engine.take_effects())
+            self.data.perform()
             self.data.changed.notify_all()
 
     # ------------------------------------------------------------------ clock and statistics
@@ -204,12 +209,24 @@ class Member:
         with self.data.lock:
             if self._going_down and not self._clients and not self._clock_skip_s:
                 self._clock_skip_s = _DOWN_SKIP_S
-            self.engine.tick(self._now_s())
-            self._perform(self.engine.take_effects())
+            self._tick_engine(self._now_s())
+            self.data.perform()
             self.data.changed.notify_all()
         if time.monotonic() >= self._stats_at_s:
             self._stats_at_s = time.monotonic() + STATS_S
             self._send_stats()
+
+    def _tick_engine(self, now_s: float) -> None:
+        """With the lock. A zone leaves the log only when the executor has let go of it: nbd/gate.py, 4."""
+        activity = self.engine.activity
+        self.gate.collect(now_s)
+        leaving = activity.idle_zones(now_s)
+        if leaving:
+            self.gate.log_zones(leaving, False)
+            self.gate.collect(now_s)
+        self.engine.tick(now_s)
+        if leaving:
+            self.gate.log_zones([zone for zone in leaving if zone in activity.logged], True)
 
     def _until_tick_s(self) -> float:
         """To the next tick, or to the limit of a hold if that comes first."""
@@ -222,22 +239,29 @@ class Member:
     def _send_stats(self) -> None:
         message = self.statistics()
         if self._link.post_if_read(message):
-            self._totals_sent = message["totals"]
+            self._numbers_sent = message["totals"]
+
+    def _totals(self) -> Totals:
+        return self.gate.totals(self.data.counters)
 
     def statistics(self) -> dict[str, Any]:
-        """The Stats frame: counts since the last one sent, totals, longest times since the last call."""
+        """The Stats frame: counts since the last one sent, totals, longest times since the last call; `recent`: rates
+        and latencies of the last seconds (counters.py). Of all requests, whoever executed them."""
         with self.data.lock:
-            totals = self.data.counters.totals()
-            longest = self.data.counters.take_longest()
+            totals = self._totals()
+            longest = self.gate.take_longest(self.data.counters)
             snapshot = asdict(self.engine.snapshot())
+            in_flight = snapshot["writes_in_flight"] + snapshot["reads_in_flight"] + self.gate.in_flight()
             clients = self._clients
+        numbers = totals.numbers()
         return {
             "type": "Stats",
             "incarnation": self.spec.incarnation,
-            **{name: total - self._totals_sent[name] for name, total in totals.items()},
+            **{name: total - self._numbers_sent[name] for name, total in numbers.items()},
             **longest,
-            "totals": totals,
-            "in_flight": snapshot["writes_in_flight"] + snapshot["reads_in_flight"],
+            "totals": numbers,
+            "recent": self._recent.note(time.monotonic(), totals),
+            "in_flight": in_flight,
             "clients": clients,
             "legs": self.legs.statistics(),
             "engine": snapshot,
@@ -254,6 +278,9 @@ class Member:
             # Only ever more: what was admitted with less does not touch the leg that has just been opened.
             inflight = self.engine.inflight
             inflight.align_bytes = max(inflight.align_bytes, self.legs.block_bytes())
+            self.gate.align(inflight.align_bytes)
+            if reason is None:
+                self.gate.leg_opened(leg, self.legs.endpoints[leg])
         return reason
 
     def _open_for(self, request: Request, state: SetState) -> None:
@@ -292,6 +319,8 @@ class Member:
         with self.data.lock:
             if self.legs.kept[leg] or not self.legs.is_open(leg) or self.data.uses(leg):
                 return
+            if not self.gate.leg_closes(leg):
+                return
             endpoint = self.legs.take_out(leg)
         endpoint.close()
 
@@ -303,7 +332,7 @@ class Member:
             reason = f"prepare {job.verb}: {error!r}"
         with self.data.lock:
             self.engine.prepared(job.token, reason)
-            self._perform(self.engine.take_effects())
+            self.data.perform()
 
     def _prepare_legs(self, plain_records: dict[str, Any]) -> str | None:
         """Each of these legs is open and answers; or the first reason why not."""
