@@ -1,6 +1,6 @@
 """The command line's side of the agent's control socket, blocking; and starting an agent where none runs.
 
-One request per connection. A line of JSON there: {"verb", "volume", "options"}; a line of JSON back:
+One request per connection. A line of JSON there: {"verb", "volume", "options", "state_url"}; a line of JSON back:
 {"code", "text", "data"}, with the exit codes of DESIGN 12. The agent answers when the verb is done.
 `ping` is answered as soon as the agent can take verbs; its data may name `pid`, `host` and `state_url`.
 """
@@ -52,10 +52,16 @@ def call(
     volume: str | None = None,
     options: dict[str, Any] | None = None,
     timeout_s: float | None = None,
+    *,
+    state_url: str | None = None,
 ) -> Result:
-    """Have the agent do a verb; returns when it is done. Raises AgentNotRunning, AgentFailed."""
+    """Have the agent do a verb; returns when it is done. With `state_url` it refuses if it works on another record.
+
+    Raises AgentNotRunning, AgentFailed.
+    """
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-    request = json.dumps({"verb": verb, "volume": volume, "options": options or {}}).encode() + b"\n"
+    content = {"verb": verb, "volume": volume, "options": options or {}, "state_url": state_url}
+    request = json.dumps(content).encode() + b"\n"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
             connection.settimeout(timeout_s)

@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Agent:
         self.host = host
         self.volumes: dict[str, Volume] = {}
         self.broken: dict[str, str] = {}  # volumes whose record does not check out
+        self.checking: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)  # one look at a volume's legs at a time
         self._nursery: trio.Nursery | None = None
 
     async def run(self, control: trio.socket.SocketType, links: trio.socket.SocketType) -> None:
@@ -156,6 +158,9 @@ class Agent:
     async def _answer(self, line: bytes) -> dict[str, Any]:
         try:
             request = json.loads(line)
+            if request.get("state_url") not in (None, self.state_url):
+                other = f"the agent of {self.home.directory} works on the state {self.state_url}"
+                return {"code": 2, "text": f"{other}, not on {request['state_url']}", "data": None}
             code, text, data = await verbs.perform(
                 self, request["verb"], request.get("volume"), request.get("options") or {}
             )

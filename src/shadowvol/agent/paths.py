@@ -7,8 +7,10 @@ Invariants
 """
 
 import os
+import pwd
 import re
 import socket
+import stat
 import tomllib
 import urllib.parse
 from collections.abc import Mapping
@@ -88,11 +90,34 @@ class Home:
             if self.run.stat().st_mode & 0o077:
                 self.run.chmod(0o700)
         except OSError as error:
-            raise SettingsError(f"the home directory {self.directory} cannot be used: {error.strerror}") from None
+            raise self._unusable(error.strerror) from None
+        for place in (self.directory, self.run):
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise self._unusable(f"{place} cannot be written (read-only file system, or no permission)")
+
+    def _unusable(self, why: str | None) -> SettingsError:
+        return SettingsError(f"the home directory {self.directory} cannot be used: {why}")
+
+    def _check_directory(self) -> None:
+        """What is there, if anything, is a directory that we may look into."""
+        try:
+            os.fsencode(self.directory).decode()
+        except UnicodeDecodeError:
+            raise self._unusable("its name is not UTF-8") from None
+        try:
+            info = os.stat(self.directory)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._unusable(error.strerror) from None
+        if not stat.S_ISDIR(info.st_mode):
+            raise self._unusable("it is not a directory")
+        if not os.access(self.directory, os.X_OK):
+            raise self._unusable(f"no permission; it belongs to user {_user_name(info.st_uid)}")
 
     def check(self, name: str | None = None) -> None:
-        """Refuse a home whose sockets (one volume's, or the agent's) cannot be bound, and a name that would hide
-        another file of the run directory. Raises SettingsError."""
+        """Refuse a home that is no directory of ours or whose sockets (one volume's, or the agent's) cannot be bound,
+        and a name that would hide another file of the run directory. Raises SettingsError."""
         if name in ("agent", "link") or (name is not None and name.endswith(".transfer")):
             raise SettingsError(f"the name {name} is taken by shadowvol itself")
         path = self.agent_socket if name is None else self.volume_socket(name)
@@ -102,6 +127,7 @@ class Home:
                 f"the socket path {path} has {length} bytes, the kernel allows {SOCKET_PATH_BYTES_MAX}; "
                 "choose a shorter --home"
             )
+        self._check_directory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +159,22 @@ def resolve(
     found = dict(os.environ) if environment is None else dict(environment)
     file = _read_config(config_file)
     flags = {"home": home, "state": state, "host": host}
+    for key, flag in flags.items():
+        if flag is not None and not flag.strip():  # as from --home "$UNSET": no way to the default home
+            raise SettingsError(f"--{key} is empty")
     chosen = {key: flags[key] or found.get(f"SHADOWVOL_{key.upper()}") or file.get(key) for key in _KEYS}
     place = Home(Path(chosen["home"] or default_home(found)))
     host_name = chosen["host"] or socket.gethostname()
     if not _HOST.fullmatch(host_name):
         raise SettingsError(f"{host_name!r} is not a host name: letters, digits, dots, dashes, underscores")
     return Settings(place, _absolute_state(chosen["state"] or place.state_url), host_name)
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _absolute_state(url: str) -> str:

@@ -90,7 +90,7 @@ def _usable_directory(path: Path) -> Callable[[], bool]:
 
 
 def _checks(invocation: Invocation) -> list[Check]:
-    run = invocation.settings.home.run
+    run = invocation.unchecked_settings.home.run
     python = [
         Check(f"python package {name}", True, _module(name), f"{sys.executable} -m pip install {name}")
         for name in ("click", "rich", "trio", "xxhash")

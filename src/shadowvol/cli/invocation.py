@@ -47,11 +47,18 @@ class Invocation:
     @cached_property
     def settings(self) -> Settings:
         try:
-            settings = resolve(self.home_flag, self.state_flag, self.host_flag)
-            settings.home.check()
+            self.unchecked_settings.home.check()
         except SettingsError as error:
             raise VerbError(BAD_INPUT, str(error)) from None
-        return settings
+        return self.unchecked_settings
+
+    @cached_property
+    def unchecked_settings(self) -> Settings:
+        """Also where the home cannot be used; for who finds out what is wrong."""
+        try:
+            return resolve(self.home_flag, self.state_flag, self.host_flag)
+        except SettingsError as error:
+            raise VerbError(BAD_INPUT, str(error)) from None
 
     def check_volume_name(self, name: str) -> None:
         """Whether a volume may be called so, and its socket fits into this home."""
@@ -152,7 +159,9 @@ class Invocation:
     ) -> client.Result | None:
         """None: there is no agent."""
         try:
-            return client.call(self.settings.home, verb, name, options, timeout_s)
+            chosen = self.settings.state_url
+            state_url = None if chosen == self.settings.home.state_url else chosen
+            return client.call(self.settings.home, verb, name, options, timeout_s, state_url=state_url)
         except client.AgentNotRunning:
             return None
         except client.AgentFailed as error:

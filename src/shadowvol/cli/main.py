@@ -6,6 +6,7 @@ traceback, unless SHADOWVOL_DEBUG is set.
 A verb's module is loaded when the verb is used: a command line should take a tenth of a second, not half of one.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -18,6 +19,8 @@ from shadowvol.agent.errors import BAD_INPUT, FAILED, VerbError
 from shadowvol.cli.invocation import Invocation
 
 ERROR_LINES_MAX = 2
+ERROR_LINE_CHARACTERS_MAX = 800  # a path may have 4095
+_STREAM_ERRORS = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
 _MODULES = {
     "lifecycle": ("create", "up", "down", "agent", "delete"),
     "transitions": (
@@ -42,6 +45,18 @@ _MODULE_OF = {verb: module for module, verbs in _MODULES.items() for verb in ver
 class _Verbs(click.Group):
     """Finds each verb in its module, by its name there."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _refuse_repeated_options(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            _refuse_repeated_options(command, click.Context(command, info_name=name, parent=ctx), rest)
+        return name, command, rest
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_MODULE_OF)
 
@@ -51,6 +66,14 @@ class _Verbs(click.Group):
             return None
         command: click.Command = getattr(importlib.import_module(f"shadowvol.cli.{module}"), cmd_name)
         return command
+
+
+def _refuse_repeated_options(command: click.Command, ctx: click.Context, args: list[str]) -> None:
+    """Of two values for one option click takes the last: no way to choose between two legs."""
+    _, _, given = command.make_parser(ctx).parse_args(list(args))
+    for option in given:
+        if isinstance(option, click.Option) and not option.is_flag and given.count(option) > 1:
+            raise click.UsageError(f"{option.opts[0]} is given more than once", ctx)
 
 
 @click.group(
@@ -74,11 +97,35 @@ def cli(context: click.Context, home: str | None, state: str | None, host: str |
 def complain(text: str) -> None:
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()] or ["failed"]
     for line in lines[:ERROR_LINES_MAX]:
-        sys.stderr.write(f"shadowvol: {line}\n")
+        half = ERROR_LINE_CHARACTERS_MAX // 2
+        shown = line if len(line) <= ERROR_LINE_CHARACTERS_MAX else f"{line[:half]} … {line[-half:]}"
+        try:
+            sys.stderr.write(f"shadowvol: {shown}\n")
+        except OSError:
+            return  # nobody can be told; the exit code still tells
+
+
+def _have_streams() -> None:
+    """A shell may have closed them (`>&-`): Python then has None there, and the next file opened gets the number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
+def _stdout_failed(error: OSError) -> int:
+    """The verb is done; what it says cannot be written. Python must not try again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    complain(f"standard output cannot be written: {error.strerror}; shadowvol status shows what was done")
+    return FAILED
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
+    _have_streams()
     try:
         code = cli.main(args=arguments, prog_name="shadowvol", standalone_mode=False)
         sys.stdout.flush()
@@ -94,13 +141,21 @@ def main(arguments: list[str] | None = None) -> int:
         complain(error.format_message())
         return BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
-        complain("interrupted")
+        complain("interrupted; a verb that the agent has begun goes on, shadowvol status shows it")
         return FAILED
     except BrokenPipeError:  # as in `shadowvol status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:
+        if error.filename is None and error.errno in _STREAM_ERRORS:
+            return _stdout_failed(error)
+        return _unexpected(error)
     except Exception as error:
-        if os.environ.get("SHADOWVOL_DEBUG"):
-            traceback.print_exc()
-        complain(f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (SHADOWVOL_DEBUG=1 shows where)")
-        return FAILED
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    if os.environ.get("SHADOWVOL_DEBUG"):
+        traceback.print_exception(error)
+    complain(f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (SHADOWVOL_DEBUG=1 shows where)")
+    return FAILED

@@ -7,6 +7,7 @@ from fractions import Fraction
 import click
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40, "PIB": 1 << 50}
+RATE_BYTES_PER_S_MAX = 1 << 50
 _NUMBER = re.compile(r"(\d{1,20}(?:\.\d{1,12})?)\s*([A-Za-z]*)")
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
@@ -33,6 +34,8 @@ def parse_rate(text: str) -> int | None:
         raise ValueError(f"{text!r} is not a rate; write 200MiB/s, or none") from None
     if rate <= 0:
         raise ValueError("a rate is above 0; shadowvol pause stops copying, none is no limit")
+    if rate > RATE_BYTES_PER_S_MAX:
+        raise ValueError("a rate is at most 1PiB/s; none is no limit")
     return rate
 
 
