@@ -649,7 +649,7 @@ class World:
         backoff, goal = leader.engine.backoff, leader.engine.state.goal
         if backoff.failures != leader.failures_seen and backoff.failures:
             reason = backoff.reason.rpartition(": ")[2] if backoff.reason.startswith("h") else backoff.reason
-            self.coverage[f"window failed: {reason}"] += 1
+            self.coverage[f"window failed: {reason.partition(' (')[0]}"] += 1
         leader.failures_seen = backoff.failures
         if goal != leader.goal_seen:
             self.coverage[f"goal {leader.goal_seen} -> {goal}"] += 1

@@ -60,7 +60,6 @@ class Volume:
         self.progress = Progress()
         self.changed = trio.Condition()
         self.longest = {"hold_longest_s": 0.0, "write_longest_s": 0.0, "read_longest_s": 0.0}  # since it is up here
-        self._wall_offset_s = time.time() - trio.current_time()
         self._home = home
         self._coordinator = coordinator
         self._commands: dict[int, Callable[[int, str], None]] = {}
@@ -217,8 +216,8 @@ class Volume:
         return engine is not None and self.host in engine.live and not engine.sync_queued
 
     def wall_clock(self, engine_s: float) -> str:
-        """An engine's time as ISO 8601 in UTC."""
-        moment = datetime.fromtimestamp(engine_s + self._wall_offset_s, UTC)
+        """An engine's time as ISO 8601 in UTC, by the wall clock as it is now."""
+        moment = datetime.fromtimestamp(engine_s - trio.current_time() + time.time(), UTC)
         return moment.isoformat(timespec="milliseconds")
 
     def use_config(self, config: VolumeConfig) -> None:

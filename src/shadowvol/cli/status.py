@@ -117,9 +117,13 @@ def _remarks(one: dict[str, Any]) -> list[str]:
     if one["transition"]:
         waiting = ", ".join(["", *one["transition"]["waiting_for"]])
         remarks.append(f"{one['transition']['verb']}: {one['transition']['state']}{waiting}")
-    for leg in ("source", "target"):
-        if one["legs"][leg]["last_error"] and one["legs"][leg]["health"] != "released":
-            remarks.append(f"{leg}: {one['legs'][leg]['last_error']}")
+    for name in ("source", "target"):
+        leg = one["legs"][name]
+        if not leg["last_error"] or leg["health"] == "released":
+            continue
+        since = f" since {leg['since']}" if leg["since"] else ""
+        history = "; before that: " if leg["health"] == "ok" else ": "
+        remarks.append(f"{name}: {leg['health']}{since}{history}{leg['last_error']}")
     if one["last_error"]:
         remarks.append(f"last error: {one['last_error']}")
     return remarks

@@ -209,7 +209,7 @@ def clear_bits(
     leader.map.bits[:] = changed.bits
     leader.state = leader.change_state(doubtful=doubtful)
     for window in void:
-        leader.void(window, "a leg failed in it")
+        leader.void(window, _leg_failed_in_it(leader))
     yield AskAll(SetState(changes=tuple((leg, False, runs) for leg, runs in cleared)), "x")
     if moving and "clear-holds-reads" not in leader.omit:
         yield AskAll(Thaw(), "x")
@@ -225,7 +225,12 @@ def persist_clear(leader: "LeaderEngine", faults: FaultLegs) -> Steps:
         leader.map.bits[:] = changed.bits
         window_void = [w for w in leader.void_windows("fault", _regions(leader, faults)) if before != changed.bits]
         for window in window_void:
-            leader.void(window, "a leg failed in it")
+            leader.void(window, _leg_failed_in_it(leader))
+
+
+def _leg_failed_in_it(leader: "LeaderEngine") -> str:
+    error = leader.last_leg_error()
+    return "a leg failed in it" + (f" ({error})" if error else "")
 
 
 def copier_flush_failed(leader: "LeaderEngine", legs: list[int], error: str) -> Steps:

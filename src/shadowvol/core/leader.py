@@ -11,7 +11,7 @@ from typing import Any
 from shadowvol.core import changes, transitions, windows
 from shadowvol.core.geometry import Run
 from shadowvol.core.kernel import Kernel
-from shadowvol.core.legs import LEG_NAMES, Phase
+from shadowvol.core.legs import LEG_NAMES, SOURCE, TARGET, Phase
 from shadowvol.core.messages import Answer, Ask, ClearUndo, Fault
 from shadowvol.core.records import Keys, VolumeRecord, VolumeState, encode_leader, encode_state
 from shadowvol.core.rules import NONE_OMITTED
@@ -33,9 +33,12 @@ COMMANDS_MAX = 32  # operator commands waiting for the exclusive queue
 
 @dataclass(slots=True)
 class LegHealth:
+    """`errors` and `last_error` are history: they stay when the leg works again."""
+
     errors: int = 0
     last_error: str | None = None
-    since_s: float | None = None
+    last_error_s: float = 0.0
+    since_s: float | None = None  # since when it has been as it is; None: always
     failed: bool = False  # the last operation on it failed
 
 
@@ -243,9 +246,11 @@ class LeaderEngine(Kernel):
         record = self.config.leg(leg)
         return {"path": record.uri, "identity": record.identity, "cache": record.cache}
 
-    def last_leg_error(self) -> str:
-        latest = max(self.legs, key=lambda health: health.since_s or 0.0)
-        return latest.last_error or "unknown"
+    def last_leg_error(self) -> str | None:
+        """Which leg failed last, and how; None: none did."""
+        leg = max((SOURCE, TARGET), key=lambda leg: self.legs[leg].last_error_s)
+        error = self.legs[leg].last_error
+        return None if error is None else f"{LEG_NAMES[leg]}: {error}"
 
     def single_member(self) -> bool:
         return len(self.live) == 1 and not self.joining and not self.unresolved
@@ -254,13 +259,14 @@ class LeaderEngine(Kernel):
         health = self.legs[leg]
         health.errors += 1
         health.last_error = error
-        health.failed = True
-        if health.since_s is None:
-            health.since_s = self.now_s
+        health.last_error_s = self.now_s
+        if not health.failed:
+            health.failed, health.since_s = True, self.now_s
 
     def leg_worked(self, leg: int) -> None:
-        self.legs[leg].failed = False
-        self.legs[leg].since_s = None
+        health = self.legs[leg]
+        if health.failed:
+            health.failed, health.since_s = False, self.now_s
 
     @property
     def phase(self) -> Phase:

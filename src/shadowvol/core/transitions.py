@@ -47,12 +47,14 @@ def refusal(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> str |
     if not leader.live:
         return f"volume {name} is down; bring it up first: shadowvol up {name}"
     if state.goal is not None:
-        return f"volume {name} is on its way to {state.goal}: wait for it (shadowvol wait {name} --for …)"
+        wait = f"shadowvol wait {name} --for {'setup' if state.goal == 'abort' else 'synced'}"
+        paused = f"; copying is paused, so shadowvol resume {name} first" if state.paused else ""
+        return f"the {state.goal} of volume {name} is under way: {wait}{paused}"
     if verb == "start":
-        return None if phase is Phase.SETUP else f"start needs phase setup; volume {name} is in {phase}"
+        return None if phase is Phase.SETUP else f"start needs phase setup; {_stands(leader)}"
     if verb == "cutover":
         if phase not in (Phase.COPYING, Phase.SYNCED):
-            return f"cutover needs phase synced (or copying with --early); volume {name} is in {phase}"
+            return f"cutover needs phase synced (or copying with --early); {_stands(leader)}"
         if state.preferred == TARGET:
             return f"volume {name} already reads from the target; shadowvol undo {name} switches back"
         if phase is Phase.COPYING and not options.get("early"):
@@ -67,23 +69,36 @@ def refusal(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> str |
             return None if state.preferred == TARGET else already
         if phase is Phase.COMMITTED:
             return None if state.keep_undo else f"volume {name} was committed without --keep-undo; it cannot be undone"
-        return f"undo needs a cutover before it; volume {name} is in {phase}"
+        return f"undo needs a cutover before it; {_stands(leader)}"
     if verb == "commit":
         if phase is Phase.COMMITTED:
-            return None if state.keep_undo else f"volume {name} is committed already"
+            return None if state.keep_undo else f"volume {name} is committed already; nothing is left to do"
         if phase not in (Phase.COPYING, Phase.SYNCED):
-            return f"commit needs phase synced; volume {name} is in {phase}"
+            return f"commit needs phase synced; {_stands(leader)}"
         if state.preferred != TARGET:
             return f"commit needs preferred target, {name} reads from the {preferred}: shadowvol cutover {name} first"
         if not all_target:
-            return f"commit needs the target complete; volume {name} still copies to it"
+            return f"commit needs the target complete; {_stands(leader)}"
         if not all_source and not options.get("force"):
             return f"the source of volume {name} is not complete (a leg fault?); wait for its resync, or commit --force"
         return None
     if verb == "abort":
         started = phase in (Phase.COPYING, Phase.SYNCED)
-        return None if started else f"abort needs a started migration; {name} is in {phase}"
+        return None if started else f"abort needs a started migration; {_stands(leader)}"
     return f"{verb} is not a transition"
+
+
+def _stands(leader: "LeaderEngine") -> str:
+    """Where the volume stands, and which verb leads on from there."""
+    name, phase, state = leader.config.name, leader.phase, leader.state
+    copying = f"shadowvol resume {name}" if state.paused else f"shadowvol wait {name} --for synced"
+    onward = {
+        Phase.SETUP: f"shadowvol start {name} begins",
+        Phase.COPYING: f"{copying} leads on",
+        Phase.SYNCED: f"shadowvol {'commit' if state.preferred == TARGET else 'cutover'} {name} is next",
+        Phase.COMMITTED: f"shadowvol undo {name} leads back" if state.keep_undo else "its migration is over",
+    }[phase]
+    return f"volume {name} is in phase {phase}; {onward}"
 
 
 def perform(leader: "LeaderEngine", command: Command) -> Steps:
@@ -276,7 +291,7 @@ def _prepare(leader: "LeaderEngine", verb: str) -> Steps:
         yield from changes.clear_bits(leader, faults)
         yield from changes.clear(leader)
     else:
-        raise Refusal(REFUSED, f"{verb}: a leg keeps failing: {leader.last_leg_error()}; nothing changed")
+        raise Refusal(REFUSED, f"{verb}: a leg keeps failing: {leader.last_leg_error() or 'unknown'}; nothing changed")
     why = refusal(leader, verb, {"early": True, "force": True})
     if why is not None and leader.state.goal is None:
         raise Refusal(REFUSED, why)
