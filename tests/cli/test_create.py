@@ -1,31 +1,15 @@
 """`create` refuses what cannot be two legs, changes nothing then, and records what can (DESIGN 8)."""
 
 import os
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from shadowvol.endpoints.local import open_local
 from tests.cli.conftest import MIB, Shell
-from tests.support.loopdev import loop_device
+from tests.support.loopdev import loop_device, make_ext4, mounted
 
 Leg = Callable[..., Path]
-
-
-@contextmanager
-def mounted(device: str, place: Path) -> Iterator[None]:
-    place.mkdir()
-    subprocess.run(["mount", device, str(place)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-def make_ext4(path: Path | str) -> None:
-    subprocess.run(["mkfs.ext4", "-q", "-F", str(path)], check=True, capture_output=True)
 
 
 def refuse(
@@ -118,7 +102,7 @@ def test_unfit_legs_are_refused(shadowvol: Shell, leg: Leg) -> None:
         "odd": "multiple of 512",
         "nbd://host/x": "not supported yet",
         "ftp://host/x": "unknown kind",
-        "": "needs a path",
+        "": "give a path",
     }
     for path, words in cases.items():
         refuse(shadowvol, good, path, "target", words)

@@ -15,8 +15,11 @@ def open_lock(path: Path) -> int:
 
 
 def is_free(path: Path) -> bool:
-    """Nobody holds it at this moment: whoever did is dead, and nothing of it can still land."""
-    lock = open_lock(path)
+    """Nobody holds it at this moment: whoever did is dead, and nothing of it can still land. Makes no file."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -6,7 +6,11 @@ The engine decides whether a verb is allowed; here is only what is about this ho
 import os
 from typing import TYPE_CHECKING, Any
 
+import trio
+
+from shadowvol.agent import locks
 from shadowvol.agent.errors import VerbError, no_such_volume
+from shadowvol.agent.legcheck import check_before_up, failed_leg
 from shadowvol.agent.snapshot import live_status, record_of
 from shadowvol.agent.status import status_of
 from shadowvol.agent.volume import Volume
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from shadowvol.agent.daemon import Agent
 
 UP_LIMIT_S = 20.0
+STATISTICS_LIMIT_S, STATISTICS_POLL_S = 2.0, 0.05  # a member sends them twice a second
 Outcome = tuple[int, str, Any]
 
 # What goes to the engine, and the options that it takes.
@@ -80,7 +85,10 @@ async def _up_here(agent: "Agent", name: str) -> Volume:
 async def _up(agent: "Agent", name: str) -> Outcome:
     record = await _record(agent, name)
     agent.home.check(name)
-    volume = agent.bring_up(record.config)
+    async with agent.checking[name]:  # the check claims the legs: of two at once one would be refused
+        nobody_serves = name not in agent.volumes and locks.is_free(agent.home.member_lock(name))
+        note = await check_before_up(record) if nobody_serves else ""
+        volume = agent.bring_up(record.config)
     if not await volume.wait_serving(UP_LIMIT_S):
         why = volume.error or "its member did not start"
         return 1, f"volume {name} does not serve yet: {why}; see the agent's log {agent.home.agent_log}", None
@@ -89,7 +97,13 @@ async def _up(agent: "Agent", name: str) -> Outcome:
         code, text = await volume.command("wishes", {"up": True})
         if code != 0:
             return code, text, None
-    return 0, "", {"nbd_uri": agent.home.nbd_uri(name)}
+    if not nobody_serves and volume.plane is not None:  # else the legs have just been looked at
+        with trio.move_on_after(STATISTICS_LIMIT_S):
+            while not volume.plane.statistics:
+                await trio.sleep(STATISTICS_POLL_S)
+    if volume.plane is not None and (failed := failed_leg(record, volume.plane.statistics)) is not None:
+        return 1, f"volume {name} is up, but I/O fails until its leg is back: {failed}", None
+    return 0, note, {"nbd_uri": agent.home.nbd_uri(name)}
 
 
 async def _down(agent: "Agent", name: str, force: bool) -> Outcome:

@@ -13,7 +13,6 @@ Steps 2-4 block (a probe of a slow disk takes seconds), so they run in a thread.
 
 import errno
 import os
-import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from shadowvol.agent.errors import (
 )
 from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable, RecordDamaged
 from shadowvol.core.geometry import KIB, REGIONS_MAX_DEFAULT, Geometry, region_bytes_for
-from shadowvol.core.legs import Phase
+from shadowvol.core.legs import TARGET, Phase
 from shadowvol.core.records import (
     Keys,
     LegRecord,
@@ -48,13 +47,12 @@ from shadowvol.core.records import (
 )
 from shadowvol.core.txn import Compare, Entry, Holds, Txn
 from shadowvol.endpoints import blockdev
-from shadowvol.endpoints.identity import LegFacts, LegRefused, LegSpec, identity_of, probe, same_storage
-from shadowvol.endpoints.local import open_local
+from shadowvol.endpoints.identity import LegFacts, LegRefused, LegSpec, identity_of, medium_of, probe, same_storage
+from shadowvol.endpoints.local import claim_local
 
 REGION_BYTES_MIN = 64 * KIB
 REGION_BYTES_MAX = 1 << 30  # one region is copied as a whole: beyond this a touched one is never done
 VOLUMES = "volumes/"
-_SIZE_PART = re.compile(r":size=\d+")
 
 T = TypeVar("T")
 
@@ -130,7 +128,7 @@ async def retarget_volume(
     entries = await _read(coordinator, VOLUMES)
     record = record_of(name, entries)
     if record.state.phase is not Phase.SETUP:
-        raise VerbError(REFUSED, f"retarget needs phase setup; volume {name} is in {shown_phase(record)}")
+        raise VerbError(REFUSED, f"retarget needs phase setup; {_stands(record)}")
     config = record.config
     with ExitStack() as undo:
         made = await _in_thread(partial(_provision, target_path, config.size_bytes)) if provision else None
@@ -167,8 +165,7 @@ async def delete_volume(coordinator: Coordinator, name: str, force: bool = False
     if record.state.phase not in (Phase.SETUP, Phase.COMMITTED):
         raise VerbError(
             REFUSED,
-            f"delete needs phase setup or committed; volume {name} is in {shown_phase(record)}: "
-            f"shadowvol abort {name} or shadowvol commit {name} first",
+            f"delete needs phase setup or committed; {_stands(record)}",
         )
     if record.state.up:
         down = f"shadowvol down {'--force ' if force else ''}{name}"
@@ -219,6 +216,19 @@ def shown_phase(record: VolumeRecord) -> Phase:
     return state.phase
 
 
+def _stands(record: VolumeRecord) -> str:
+    """Where a volume stands that is not in setup, and how it gets out of there."""
+    name, phase, state = record.config.name, shown_phase(record), record.state
+    if state.goal is not None:
+        reached = "setup" if state.goal == "abort" else "synced"
+        onward = f"its {state.goal} is under way: shadowvol wait {name} --for {reached}"
+    elif state.phase is Phase.COMMITTED:
+        onward = "its migration is over"
+    else:
+        onward = f"shadowvol abort {name}{f' or shadowvol commit {name}' if state.preferred == TARGET else ''} first"
+    return f"volume {name} is in phase {phase}; {onward}"
+
+
 async def _read(coordinator: Coordinator, prefix: str) -> dict[str, Entry]:
     try:
         return (await coordinator.read(prefix)).entries
@@ -233,6 +243,8 @@ async def _commit(coordinator: Coordinator, txn: Txn, made: "_Removal | None" = 
     try:
         return (await coordinator.commit(txn)).ok
     except CoordinatorUnreachable as error:
+        if error.nothing_changed:
+            raise VerbError(UNREACHABLE, f"{error}; nothing changed") from error
         if made is not None:
             made.keep()
         raise VerbError(UNREACHABLE, f"{error}\nwhether it took effect is not known: shadowvol status") from error
@@ -300,8 +312,12 @@ def _check_not_the_same(source_path: str, target_path: str) -> None:
 
 
 def _look_at_target(path: str, size_bytes: int, force: bool) -> LegFacts:
-    if not os.path.lexists(path):
-        raise VerbError(BAD_INPUT, f"target {path}: does not exist; --provision makes it")
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        raise VerbError(BAD_INPUT, f"target {path}: does not exist; --provision makes it") from None
+    except OSError as error:
+        raise VerbError(BAD_INPUT, f"target {path}: {error.strerror}") from None
     facts = _look("target", path)
     if facts.size_bytes < size_bytes:
         raise VerbError(BAD_INPUT, f"target {path} is too small: {facts.size_bytes} bytes, the source has {size_bytes}")
@@ -331,17 +347,13 @@ def _check_other_volumes(entries: dict[str, Entry], legs: dict[str, LegFacts], b
 
 def _is_same_leg(facts: LegFacts, recorded: LegRecord) -> bool:
     """By identity, of which the size may have changed; and by place, where the recorded leg is still at its path."""
-    if _medium(facts.identity) == _medium(recorded.identity):
+    if medium_of(facts.identity) == medium_of(recorded.identity):
         return True
     try:
-        still_there = _medium(identity_of(recorded.uri)) == _medium(recorded.identity)
+        still_there = medium_of(identity_of(recorded.uri)) == medium_of(recorded.identity)
         return still_there and same_storage(facts.path, recorded.uri)
     except (OSError, LegRefused):
         return False
-
-
-def _medium(identity: str) -> str:
-    return _SIZE_PART.sub("", identity)
 
 
 def _record(facts: LegFacts) -> LegRecord:
@@ -360,7 +372,7 @@ class _Claim:
 
     def __init__(self, role: str, path: str) -> None:
         try:
-            self._endpoint = open_local(path, cache="host", writable=True, claim=True)
+            self._fd = claim_local(path)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 raise VerbError(BAD_INPUT, f"{role} {path} is in use by another process or device") from None
@@ -370,7 +382,7 @@ class _Claim:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._endpoint.close()
+        os.close(self._fd)
 
 
 @dataclass(slots=True)

@@ -1,11 +1,14 @@
 """Verbs about a volume's being: create, up, down, agent, delete."""
 
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import click
 
 from shadowvol.agent import client
-from shadowvol.agent.errors import FAILED, VerbError
+from shadowvol.agent.errors import FAILED, REFUSED, VerbError
 from shadowvol.cli.invocation import Invocation, pass_invocation
 from shadowvol.cli.units import DURATION, SIZE, format_bytes
 
@@ -49,6 +52,8 @@ def create(
         verify_copy=verify_copy,
         force=force,
     )
+    if leg_timeout is not None:
+        click.echo("shadowvol: note: --leg-timeout is for legs on a network; files and disks have none", err=True)
     config = invocation.on_record(work)
     click.echo(
         f"created volume {name}: {format_bytes(config.size_bytes)}, {config.source.uri} -> {config.target.uri}; "
@@ -80,6 +85,8 @@ def up(invocation: Invocation, names: tuple[str, ...]) -> None:
         except VerbError as error:
             first_error = first_error or error
             continue
+        if result.text:
+            click.echo(f"shadowvol: note: {result.text}", err=True)
         told = result.data.get("nbd_uri") if isinstance(result.data, dict) else None
         click.echo(told or settings.home.nbd_uri(name))
     if first_error is not None:
@@ -129,13 +136,37 @@ def agent(invocation: Invocation) -> int:
 @pass_invocation
 def delete(invocation: Invocation, name: str, force: bool) -> None:
     """Forget a volume. The data on its legs stays."""
-    from shadowvol.agent import locks
     from shadowvol.agent.volumes import delete_volume
 
     record = invocation.record(name)
     if force and record.state.up and record.state.phase in ("setup", "committed"):
         invocation.call("down", name, {"force": True})
-    lock = invocation.settings.home.member_lock(name)
-    if not invocation.record(name).state.up and lock.exists() and not locks.is_free(lock):
-        raise VerbError(FAILED, f"a member of volume {name} still runs here; shadowvol up {name}, then down, ends it")
-    invocation.on_record(lambda coordinator: delete_volume(coordinator, name, force))
+    with _lock_files(invocation, name) as nobody_runs:
+        if not nobody_runs and not invocation.record(name).state.up:
+            up, down = invocation.command("up", name), invocation.command("down", name)
+            raise VerbError(REFUSED, f"volume {name} is coming up, or left a process behind; {up}, then {down} first")
+        invocation.on_record(lambda coordinator: delete_volume(coordinator, name, force))
+
+
+@contextmanager
+def _lock_files(invocation: Invocation, name: str) -> Iterator[bool]:
+    """The locks of the volume's processes are ours for the time of the block, and their files are gone after it.
+
+    False: one of them is held, so a process lives; then nothing is removed. A file is removed only while its lock is
+    held here, so whoever waits for it meanwhile looks again and finds a new file.
+    """
+    from shadowvol.agent import locks
+
+    home = invocation.settings.home
+    paths = [path for path in (home.member_lock(name), home.transfer_lock(name)) if path.exists()]
+    with ExitStack() as held:
+        taken = []
+        for path in paths:
+            lock = locks.take(path)
+            if lock is not None:
+                taken.append(path)
+                held.callback(os.close, lock)
+        yield len(taken) == len(paths)
+        if len(taken) == len(paths):
+            for path in taken:
+                path.unlink(missing_ok=True)

@@ -12,7 +12,10 @@ from shadowvol.core.txn import Entry, Txn
 
 
 class CoordinatorUnreachable(Exception):
-    """The record of truth cannot be reached; whether a transaction under way took effect is unknown."""
+    """The record of truth cannot be reached; whether a transaction under way took effect is unknown, but where
+    `nothing_changed` says that it did not."""
+
+    nothing_changed = False
 
 
 class RecordDamaged(Exception):

@@ -11,6 +11,7 @@ Invariants
   falls between look and wait.
 """
 
+import copy
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -194,7 +195,7 @@ class SqliteCoordinator:
             outcomes = self._file.commit_group([job.txn for job in group if job.txn is not None])
         except (CoordinatorUnreachable, RecordDamaged) as error:
             for job in group:  # an exception of its own for each: tracebacks are written into them
-                job.finish(None, type(error)(*error.args))
+                job.finish(None, copy.copy(error))
             return
         except Exception as error:
             for job in group:

@@ -78,6 +78,8 @@ _UNREACHABLE_CODES = {
     sqlite3.SQLITE_PROTOCOL: "locking failed",
     sqlite3.SQLITE_NOMEM: "out of memory",
 }
+# Those of them after which a transaction has had no effect for certain: it was refused, or rolled back.
+_ROLLED_BACK_CODES = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
 # ERROR: a table that this format has is missing.
 _DAMAGED_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT}
 
@@ -188,7 +190,8 @@ class StateFile:
             raise RecordDamaged(f"{self.path} is an SQLite database, but not a record of shadowvol")
         if file_format > FORMAT:
             raise RecordDamaged(
-                f"{self.path} was written by a newer shadowvol (format {file_format}; this one reads {FORMAT})"
+                f"{self.path} was written by a newer shadowvol (format {file_format}; this one reads {FORMAT}); "
+                "use that one"
             )
         if file_format < 1:
             raise RecordDamaged(f"{self.path} is damaged: its format is {file_format}")
@@ -252,7 +255,9 @@ class StateFile:
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF
             if code in _UNREACHABLE_CODES:
-                raise CoordinatorUnreachable(f"{self.path}: {_UNREACHABLE_CODES[code]} ({error})") from error
+                unreachable = CoordinatorUnreachable(f"{self.path}: {_UNREACHABLE_CODES[code]} ({error})")
+                unreachable.nothing_changed = code in _ROLLED_BACK_CODES
+                raise unreachable from error
             if code == sqlite3.SQLITE_NOTADB:
                 raise RecordDamaged(f"{self.path} is not a record of shadowvol, or is damaged: {error}") from error
             if code in _DAMAGED_CODES:

@@ -7,6 +7,7 @@
 """
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -17,8 +18,12 @@ from typing import Literal
 from shadowvol.endpoints import blockdev, kernelcalls
 
 VOLUME_UNIT_BYTES = 512  # volumes are multiples of this
+PATH_BYTES_MAX = 4095  # PATH_MAX counts the NUL
 BLKID_TIMEOUT_S = 30  # a probe of a hanging disk must end
 _BLKID_NOTHING_FOUND, _BLKID_AMBIVALENT = 2, 8
+
+_SIZE_PART = re.compile(r":size=\d+")
+_NOT_TEXT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # the last: bytes that are not UTF-8, as Python shows them
 
 
 class LegRefused(Exception):
@@ -36,8 +41,8 @@ class LegSpec:
     @staticmethod
     def parse(argument: str, directory: str | None = None) -> "LegSpec":
         """`directory` is where relative paths start (default: the current one). Raises LegRefused."""
-        if not argument or "\0" in argument or "\n" in argument:
-            raise LegRefused("a leg needs a path")
+        if not argument.strip():
+            raise LegRefused("is empty; give a path")
         scheme, separator, _ = argument.partition("://")
         if separator and "/" not in scheme:
             if scheme in ("nbd", "nbds", "nbd+unix", "nbds+unix"):
@@ -45,7 +50,12 @@ class LegSpec:
             raise LegRefused(f"{argument}: unknown kind of leg, give a path")
         joined = os.path.join(directory or os.getcwd(), argument)
         absolute = os.path.normpath(joined)
-        return LegSpec(argument, absolute if absolute.startswith("/dev/") else os.path.realpath(joined))
+        path = absolute if absolute.startswith("/dev/") else os.path.realpath(joined)
+        if _NOT_TEXT.search(argument + path):
+            raise LegRefused(f"{path!a}: a leg's path is UTF-8 without control characters; give it another name")
+        if len(os.fsencode(path)) > PATH_BYTES_MAX:
+            raise LegRefused(f"has a path of {len(os.fsencode(path))} bytes, the kernel allows {PATH_BYTES_MAX}")
+        return LegSpec(argument, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +136,21 @@ def identity_of(path: str) -> str:
             return f"loop:{identity_of(backing)}:offset={offset}{suffix}:size={size_bytes}"
         return f"loop:deleted={backing}:offset={offset}{suffix}:size={size_bytes}"
     return f"disk:{_disk_identity(info.st_rdev, path, partition)}:size={size_bytes}"
+
+
+def other_medium(found: str, recorded: str) -> str | None:
+    """Why what was found is not the leg that was recorded, or None: both are identities as identity_of() gives them."""
+    if found == recorded:
+        return None
+    if medium_of(found) == medium_of(recorded):
+        now, before = (identity.rpartition(":size=")[2] for identity in (found, recorded))
+        return f"its size has changed: {now} bytes, {before} were recorded"
+    return f"is another medium than before ({medium_of(found)}, not {medium_of(recorded)})"
+
+
+def medium_of(identity: str) -> str:
+    """An identity without its sizes."""
+    return _SIZE_PART.sub("", identity)
 
 
 def _file_system_identity(path: str, info: os.stat_result) -> str:

@@ -41,6 +41,21 @@ def open_local(path: str, *, cache: Cache, writable: bool, claim: bool) -> "Loca
     Raises OSError: EBUSY when somebody else holds the claim, EINVAL for what is neither a file nor a disk. Where the
     medium refuses O_DIRECT the page cache is used, and `cache_reason` says so.
     """
+    fd = _open(path, writable=writable, claim=claim)
+    try:
+        return LocalEndpoint(fd, path, cache=cache, writable=writable)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def claim_local(path: str) -> int:
+    """A writable descriptor that holds the claim. Unlike open_local() it tries nothing out, not even what changes only
+    a file's times; for who wants to know whether it could be opened. Raises as open_local()."""
+    return _open(path, writable=True, claim=True)
+
+
+def _open(path: str, *, writable: bool, claim: bool) -> int:
     kind = os.stat(path).st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
         raise OSError(errno.EINVAL, "neither a regular file nor a block device", path)
@@ -51,10 +66,10 @@ def open_local(path: str, *, cache: Cache, writable: bool, claim: bool) -> "Loca
     try:
         if claim and stat.S_ISREG(kind):
             _lock_file(fd, path)
-        return LocalEndpoint(fd, path, cache=cache, writable=writable)
     except BaseException:
         os.close(fd)
         raise
+    return fd
 
 
 def _lock_file(fd: int, path: str) -> None:

@@ -21,7 +21,7 @@ from shadowvol.core.legs import LEG_NAMES, SOURCE, TARGET
 from shadowvol.endpoints import blockdev
 from shadowvol.endpoints.base import Endpoint
 from shadowvol.endpoints.dead import DeadEndpoint
-from shadowvol.endpoints.identity import LegRefused, identity_of
+from shadowvol.endpoints.identity import LegRefused, identity_of, other_medium
 from shadowvol.endpoints.local import Cache, LocalEndpoint, open_local
 
 PROBE_BYTES = 512  # what is read of a leg to see that it answers
@@ -86,9 +86,9 @@ class OpenLegs:
             return None
 
     def _open(self, record: LegRecord) -> LocalEndpoint:
-        found = identity_of(record.path)
-        if found != record.identity:
-            raise LegRefused(f"{record.path}: is another medium than before ({found}, not {record.identity})")
+        changed = other_medium(identity_of(record.path), record.identity)
+        if changed is not None:
+            raise LegRefused(f"{record.path}: {changed}")
         endpoint = open_local(record.path, cache=record.cache, writable=True, claim=True)
         if endpoint.size_bytes < self.size_bytes:
             endpoint.close()

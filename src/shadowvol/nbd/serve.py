@@ -83,6 +83,8 @@ def _take_lock(path: str) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         _give_up(f"{path} is held: this member, or its predecessor, is still running", LOCK_HELD_EXIT)
+    if not os.path.exists(path) or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        _give_up(f"{path} was removed meanwhile: the volume is deleted", LOCK_HELD_EXIT)
 
 
 def _give_up(reason: str, code: int = 1) -> NoReturn:
