@@ -62,6 +62,12 @@ def _kernel_has_nbd() -> bool:
     return Path("/sys/module/nbd").is_dir() or Path("/sys/block/nbd0").is_dir() or _succeeds("modprobe", "-n", "nbd")()
 
 
+def _may_attach() -> bool:
+    """One of the two ways of docs/attach.md."""
+    by_loop = _is_character_device("/dev/fuse")() and _command("losetup")()
+    return os.geteuid() == 0 and (by_loop or _kernel_has_nbd())
+
+
 def _is_character_device(path: str) -> Callable[[], bool]:
     def look() -> bool:
         try:
@@ -104,6 +110,7 @@ def _checks(invocation: Invocation) -> list[Check]:
         Check("run directory", True, _usable_directory(run), f"mkdir -p -m 700 {run}"),
         Check("libnbd for python", False, _module("nbd"), _debian("python3-libnbd")),
         Check("nbdinfo, nbdcopy", False, _command("nbdcopy"), _debian("libnbd-bin")),
+        Check("attach", False, _may_attach, "be root, and: modprobe nbd; or modprobe fuse; apt-get install mount"),
         Check("losetup", False, _command("losetup"), _debian("mount")),
         Check("nbd-client", False, _command("nbd-client"), _debian("nbd-client")),
         Check("kernel module nbd", False, _kernel_has_nbd, "modprobe nbd (a kernel that has it)"),

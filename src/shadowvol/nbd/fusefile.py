@@ -26,7 +26,8 @@ _NO_REPLY = (_FORGET, _INTERRUPT, _DESTROY, _BATCH_FORGET)
 
 _MAJOR, _MINOR_MAX, _MINOR_MIN = 7, 38, 23
 _ASYNC_READ, _BIG_WRITES, _ASYNC_DIO, _MAX_PAGES = 1 << 0, 1 << 5, 1 << 15, 1 << 22
-_OPEN_DIRECT_IO, _OPEN_PARALLEL_WRITES = 1 << 0, 1 << 6
+_OPEN_DIRECT_IO, _OPEN_NO_FLUSH, _OPEN_PARALLEL_WRITES = 1 << 0, 1 << 5, 1 << 6
+_OPEN_ANSWER = _OPEN_DIRECT_IO | _OPEN_NO_FLUSH | _OPEN_PARALLEL_WRITES  # no flush: a close never waits for a member
 _SETATTR_SIZE = 1 << 3
 _PAGE_BYTES = 4096
 _PUNCH_HOLE, _ZERO_RANGE, _KEEP_SIZE = 0x02, 0x10, 0x01
@@ -131,7 +132,7 @@ class FuseFile:
             else:
                 self._reply(unique, 0, self._attributes())
         elif kind == _OPEN:
-            self._reply(unique, 0, struct.pack("=QII", 0, _OPEN_DIRECT_IO | _OPEN_PARALLEL_WRITES, 0))
+            self._reply(unique, 0, struct.pack("=QII", 0, _OPEN_ANSWER, 0))
         elif kind == _STATFS:
             self._reply(unique, 0, struct.pack("=QQQQQIIII24x", 0, 0, 0, 1, 0, _PAGE_BYTES, 255, _PAGE_BYTES, 0))
         elif kind == _RELEASE:

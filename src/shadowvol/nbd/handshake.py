@@ -38,6 +38,7 @@ class Handshake:
     """One attempt. `open` may be interrupted from another thread by `abandon`."""
 
     def __init__(self, place: Place) -> None:
+        self.connected = False
         self._place = place
         family = socket.AF_UNIX if isinstance(place, str) else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
@@ -48,6 +49,7 @@ class Handshake:
         try:
             self._socket.settimeout(limit_s)
             self._socket.connect(self._place)
+            self.connected = True
             if self._socket.family == socket.AF_INET:
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             export = _negotiate(self._socket, name, deadline_s)

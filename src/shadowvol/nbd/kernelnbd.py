@@ -239,11 +239,17 @@ def main() -> int:
     parser.add_argument("--request-limit", type=int, default=REQUEST_LIMIT_S, metavar="SECONDS")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    if not available():
+        sys.stderr.write("shadowvol: the kernel has no nbd driver\n")
+        return 1
     if options.adopt and options.device is None:
         parser.error("--adopt needs --device")
     mark = f"shadowvol.nbd.kernelnbd {options.export}"
+    there = find(mark)
     if options.adopt:
         device = KernelDevice(options.device, options.place, options.export, None)
+    elif there is not None:
+        device = KernelDevice(there, options.place, options.export, mark)
     else:
         place, limit_s = options.place, options.request_limit
         device = KernelDevice.connect(place, options.export, mark, options.device, limit_s)
