@@ -45,7 +45,7 @@ class Agent:
         self.host = host
         self.volumes: dict[str, Volume] = {}
         self.broken: dict[str, str] = {}  # volumes whose record does not check out
-        self.checking: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)  # one look at a volume's legs at a time
+        self.coming_and_going: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)  # one up or down at a time
         self._nursery: trio.Nursery | None = None
 
     async def run(self, control: trio.socket.SocketType, links: trio.socket.SocketType) -> None:

@@ -14,7 +14,7 @@ from shadowvol.agent.legcheck import check_before_up, failed_leg
 from shadowvol.agent.snapshot import live_status, record_of
 from shadowvol.agent.status import status_of
 from shadowvol.agent.volume import Volume
-from shadowvol.agent.volumes import retarget_volume
+from shadowvol.agent.volumes import record_up, retarget_volume
 from shadowvol.core.records import Keys, RecordError, VolumeRecord, decode_volume, volume_names
 
 if TYPE_CHECKING:
@@ -46,10 +46,9 @@ async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str
     if name is None:
         return 2, f"{verb} needs a volume", None
     try:
-        if verb == "up":
-            return await _up(agent, name)
-        if verb == "down":
-            return await _down(agent, name, bool(options.get("force")))
+        if verb in ("up", "down"):
+            async with agent.coming_and_going[name]:
+                return await (_up(agent, name) if verb == "up" else _down(agent, name, bool(options.get("force"))))
         if verb == "attach":
             return await _attach(agent, name, options)
         if verb == "detach":
@@ -83,12 +82,17 @@ async def _up_here(agent: "Agent", name: str) -> Volume:
 
 
 async def _up(agent: "Agent", name: str) -> Outcome:
+    """That it is to be up is recorded before anything starts, so that it cannot be deleted meanwhile."""
     record = await _record(agent, name)
     agent.home.check(name)
-    async with agent.checking[name]:  # the check claims the legs: of two at once one would be refused
-        nobody_serves = name not in agent.volumes and locks.is_free(agent.home.member_lock(name))
-        note = await check_before_up(record) if nobody_serves else ""
-        volume = agent.bring_up(record.config)
+    note, known = "", agent.volumes.get(name)
+    is_new = known is None or known.ended.is_set()
+    looked = is_new and locks.is_free(agent.home.member_lock(name))  # else a member may have claimed the legs
+    if looked:
+        note = await check_before_up(record)
+    if is_new:
+        record = await record_up(agent.coordinator, name)
+    volume = agent.bring_up(record.config)
     if not await volume.wait_serving(UP_LIMIT_S):
         why = volume.error or "its member did not start"
         return 1, f"volume {name} does not serve yet: {why}; see the agent's log {agent.home.agent_log}", None
@@ -97,7 +101,7 @@ async def _up(agent: "Agent", name: str) -> Outcome:
         code, text = await volume.command("wishes", {"up": True})
         if code != 0:
             return code, text, None
-    if not nobody_serves and volume.plane is not None:  # else the legs have just been looked at
+    if not looked and volume.plane is not None:
         with trio.move_on_after(STATISTICS_LIMIT_S):
             while not volume.plane.statistics:
                 await trio.sleep(STATISTICS_POLL_S)

@@ -26,7 +26,15 @@ from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachabl
 from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.legs import LEG_NAMES, Phase
 from shadowvol.core.messages import Answer, Ask, LogZones, Reply, UnlogZones
-from shadowvol.core.records import ActivityLog, Keys, VolumeConfig, VolumeRecord, decode_volume, leadership_txn
+from shadowvol.core.records import (
+    ActivityLog,
+    Keys,
+    RecordError,
+    VolumeConfig,
+    VolumeRecord,
+    decode_volume,
+    leadership_txn,
+)
 from shadowvol.core.steps import (
     CommandDone,
     CopierFlush,
@@ -109,6 +117,7 @@ class Volume:
                     await self._lead_for_ever()
         finally:
             self.engine = None
+            self._answer_all(1, f"volume {self.name} went down meanwhile; shadowvol status shows how it stands")
             self.ended.set()
 
     async def _lead_for_ever(self) -> None:
@@ -146,6 +155,8 @@ class Volume:
 
     async def _read(self) -> VolumeRecord:
         snapshot = await self._coordinator.read(Keys(self.name).prefix)
+        if Keys(self.name).config not in snapshot.entries:
+            raise RecordError(f"volume {self.name} is not recorded any more")
         return decode_volume(self.name, snapshot.entries)
 
     async def take_down(self, force: bool) -> tuple[int, str]:
@@ -198,7 +209,7 @@ class Volume:
     async def wait_serving(self, limit_s: float) -> bool:
         """True when the member has the state and admits I/O."""
         with trio.move_on_after(limit_s):
-            while not self.serving:
+            while not self.serving and not self.ended.is_set():
                 await self._wait_change()
         return self.serving
 

@@ -43,6 +43,7 @@ from shadowvol.core.records import (
     decode_config,
     decode_volume,
     encode_config,
+    encode_state,
     volume_names,
 )
 from shadowvol.core.txn import Compare, Entry, Holds, Txn
@@ -153,6 +154,20 @@ async def retarget_volume(
             raise VerbError(REFUSED, f"volume {name} was changed at the same time; nothing was retargeted, try again")
         undo_made.keep()
     return changed
+
+
+async def record_up(coordinator: Coordinator, name: str) -> VolumeRecord:
+    """The volume is to be up; for an agent, while no member of it lives. Returns the record. Raises VerbError."""
+    keys = Keys(check_name(name))
+    while True:
+        entries = await _read(coordinator, keys.prefix)
+        record = record_of(name, entries)
+        if record.state.up:
+            return record
+        is_up = replace(record.state, up=True)
+        compares = (Compare(keys.state, Holds.VALUE, entries[keys.state].value),)
+        if await _commit(coordinator, Txn(compares, ((keys.state, encode_state(is_up)),))):
+            return replace(record, state=is_up)
 
 
 async def delete_volume(coordinator: Coordinator, name: str, force: bool = False) -> None:

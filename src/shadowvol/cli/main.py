@@ -20,6 +20,7 @@ from shadowvol.cli.invocation import Invocation
 
 ERROR_LINES_MAX = 2
 ERROR_LINE_CHARACTERS_MAX = 800  # a path may have 4095
+INTERRUPTED = "interrupted; a verb that the agent has begun goes on, shadowvol status shows it"
 _STREAM_ERRORS = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
 _MODULES = {
     "lifecycle": ("create", "up", "down", "agent", "delete"),
@@ -48,6 +49,14 @@ class _Verbs(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _refuse_repeated_options(self, ctx, args)
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # before click writes an empty line, for which only a terminal has a use
+            if sys.stderr.isatty():
+                sys.stderr.write("\n")
+            raise VerbError(FAILED, INTERRUPTED) from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -141,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         complain(error.format_message())
         return BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
-        complain("interrupted; a verb that the agent has begun goes on, shadowvol status shows it")
+        complain(INTERRUPTED)
         return FAILED
     except BrokenPipeError:  # as in `shadowvol status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
