@@ -8,6 +8,7 @@ Nothing that is raised here ends the process.
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterable
@@ -77,10 +78,18 @@ def after_fork() -> None:
     global member, data
     assert _spec is not None
     lock_memory()
+    _die_at_once()
     logging.basicConfig(format="%(name)s: %(message)s")  # to stderr, which is the agent's log
-    member = Member(_spec, _listen_fd)
+    member = Member(_spec, _listen_fd, _no_filter)
     data = member.data
     member.start()
+
+
+def _die_at_once() -> None:
+    """Asked to end, nbdkit would answer its clients with ESHUTDOWN, which the kernel's client takes for an I/O error. A
+    member that is just gone is connected to again; what was acknowledged is safe, as after SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def cleanup() -> None:
