@@ -1,4 +1,7 @@
-"""What every end-to-end test gets: a host of its own, and a folder for legs that is emptied afterwards."""
+"""What every end-to-end test gets: a host of its own, and a folder for legs that is emptied afterwards.
+
+And, at the session's end, the table of how commands ended that were refused, or that met a bad moment.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -6,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.endings import PROPERTY, Keep, table
 from tests.support.product import Product
 
 
@@ -25,3 +29,22 @@ def legs(tmp_path: Path, product: Product) -> Iterator[Path]:
     yield folder
     product.end()
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def keep(request: pytest.FixtureRequest) -> Keep:
+    """Keep an ending for the table: keep(name, command, exit code, line)."""
+
+    def kept(name: str, command: str, code: int, line: str) -> None:
+        request.node.user_properties.append((PROPERTY, (name, command, code, line)))
+
+    return kept
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    endings = [value for report in reports for name, value in report.user_properties if name == PROPERTY]
+    if endings:
+        terminalreporter.section("exit codes")
+        for row in table(list(dict.fromkeys(map(tuple, endings)))):
+            terminalreporter.write_line(row)

@@ -28,7 +28,7 @@ MODULE_LINES_MAX = 500
 GENERATED = re.compile(r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|.*\.egg-info")
 MACHINE_PATH = re.compile(r"(?<![\w.~}-])/(?:work|root|farm|tmp/bash_jobs)(?:/|(?=[\"'`]))")
 UNFINISHED = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
-DOCS_WITH_NAMES = ("docs/architecture.md", "docs/concurrency.md")
+DOCS_WITH_NAMES = ("docs/architecture.md", "docs/concurrency.md", "docs/failures.md")
 SOURCE_SUFFIXES = (".py", ".c", ".h", ".md", ".toml", ".sh", ".txt", ".lock", ".html")
 
 
@@ -100,6 +100,21 @@ def timed_waits(text: str) -> list[str]:
             continue
         if called in ("time.sleep", "trio.sleep", "trio.sleep_until", "asyncio.sleep"):
             found.append(f"{node.lineno}: {called}; use tests/support/poll.py")
+    return found
+
+
+WALL_CLOCKS = ("time.time", "time.time_ns", "datetime.datetime.now", "datetime.datetime.utcnow", "time.localtime")
+
+
+def wall_clocks(text: str) -> list[str]:
+    tree = ast.parse(text)
+    names = imported_names(tree)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            first, _, rest = ast.unparse(node).partition(".")
+            if f"{names.get(first, '')}{'.' if rest else ''}{rest}" in WALL_CLOCKS:
+                found.append(f"{node.lineno}: the time of day can be set back; use time.monotonic")
     return found
 
 
@@ -280,6 +295,12 @@ def test_tests_wait_only_in_the_poll_helper() -> None:
     none_of(offences_in(files, timed_waits))
 
 
+def test_two_places_read_the_time_of_day() -> None:
+    """It may be set back by hours: it makes incarnations, besides a count that only grows, and times that are shown."""
+    found = [offence.partition(":")[0] for offence in offences_in(python_files(SRC), wall_clocks)]
+    assert sorted(found) == ["src/shadowvol/agent/dataplane.py", "src/shadowvol/agent/volume.py"]
+
+
 def test_only_the_command_line_prints() -> None:
     files = [path for path in python_files(SRC) if not path.is_relative_to(SRC / "cli")]
     none_of(offences_in(files, prints))
@@ -363,6 +384,8 @@ LONG_MODULE = "x = 1\n" * (MODULE_LINES_MAX + 1)
         (timed_waits, "import time as t\nt.sleep(1)"),
         (timed_waits, "from time import sleep as nap\nnap(1)"),
         (timed_waits, "import trio\nasync def f():\n    await trio.sleep(1)"),
+        (wall_clocks, "import time\ntime.time_ns()"),
+        (wall_clocks, "from datetime import datetime\ndatetime.now()"),
         (prints, "print('x')"),
         (machine_paths, "HOME = '/" + "work/main/x'"),
         (machine_paths, "cwd = '/" + "root'"),
