@@ -1,6 +1,6 @@
 """The table of † rules: for each, how many seeds of its hunt it takes until its omission is found.
 
-    .venv/bin/python -m tests.sim.rule_table [RULE…]
+.venv/bin/python -m tests.sim.rule_table [RULE…]
 """
 
 import sys
@@ -28,16 +28,18 @@ class Found:
 
 def hunt(rule: str) -> Found:
     """Leave the rule out, seed after seed, until something is lost; then run the same seeds with it."""
-    profile, limit = HUNTS[rule].profile, HUNTS[rule].seeds
+    profile, first, limit = HUNTS[rule].profile, HUNTS[rule].first, HUNTS[rule].seeds
     omitted = frozenset([rule])
     seeds, problem = None, ""
-    for seed in range(limit):
+    for seed in range(first, first + limit):
         problems = run(seed, profile, omitted).problems
         if problems:
-            seeds, problem = seed + 1, problems[0]
+            seeds, problem = seed + 1 - first, problems[0]
             break
     unclean = [
-        f"seed {seed}: {problems[0]}" for seed in range(seeds or limit) if (problems := run(seed, profile).problems)
+        f"seed {seed}: {problems[0]}"
+        for seed in range(first, first + (seeds or limit))
+        if (problems := run(seed, profile).problems)
     ]
     return Found(rule, profile.hosts, seeds, problem, unclean)
 

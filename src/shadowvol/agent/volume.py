@@ -410,7 +410,7 @@ class Volume:
         """A transfer process runs while there is something to copy, or could be again."""
         while True:
             engine = self.engine
-            wanted = engine is not None and not engine.deposed and engine.state.phase is Phase.COPYING
+            wanted = engine is not None and not engine.deposed and self._needs_copier(engine)
             if wanted and self._copier_scope is None:
                 await self._run_copier()
             elif not wanted and engine is not None and engine.quarantine:
@@ -438,9 +438,14 @@ class Volume:
 
     async def _stop_copier_when_idle(self) -> None:
         """When the phase needs no copying any more (commit, abort), its process ends and its legs are closed."""
-        while (engine := self.engine) is not None and engine.state.phase is Phase.COPYING:
+        while (engine := self.engine) is not None and self._needs_copier(engine):
             await self._wait_change()
         self._stop_copier()
+
+    def _needs_copier(self, engine: LeaderEngine) -> bool:
+        """In a `start` already, so that its process is there when copying begins."""
+        starting = engine.transition is not None and engine.transition["verb"] == "start"
+        return starting or engine.state.phase is Phase.COPYING
 
     def _stop_copier(self) -> None:
         if self._copier_scope is not None:

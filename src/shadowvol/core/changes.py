@@ -12,7 +12,7 @@ its only ok leg (windows.done), and the next window writes the doubtful leg anew
 
 from typing import TYPE_CHECKING
 
-from shadowvol.core.geometry import Run, merge_runs
+from shadowvol.core.geometry import Run, merge_runs, without
 from shadowvol.core.legs import BOTH_OK, SOURCE, TARGET, Phase, other
 from shadowvol.core.messages import ClearUndo, Drop, Fault, Freeze, LegLost, Reply, SetState, Thaw
 from shadowvol.core.records import encode_member
@@ -215,15 +215,20 @@ def clear_bits(
         yield AskAll(Thaw(), "x")
 
 
-def persist_clear(leader: "LeaderEngine", faults: FaultLegs) -> Steps:
-    """Only the durable half of clear_bits(), for a change that holds everything and tells the members itself."""
+def persist_clear(leader: "LeaderEngine", faults: FaultLegs, inside: list[Run]) -> Steps:
+    """Only the durable half of clear_bits(), in the regions `inside`, for a change that holds these and tells members
+    of these itself. The fault's other regions are left to clear(): no member would hear of them here."""
     changed = RegionMap(len(leader.map), bytes(leader.map.bits))
     _clear(leader, changed, faults)
-    persisted = yield Persist(lambda: leader.txn(new_map=changed, chunks=_regions(leader, faults)))
+    if "clear-inside" not in leader.omit:
+        for lo, hi in without([(0, len(changed))], inside):
+            changed.bits[lo:hi] = leader.map.bits[lo:hi]
+    regions = _regions(leader, faults) if "clear-inside" in leader.omit else inside
+    persisted = yield Persist(lambda: leader.txn(new_map=changed, chunks=regions))
     if persisted:
         before = leader.map.bits[:]
         leader.map.bits[:] = changed.bits
-        window_void = [w for w in leader.void_windows("fault", _regions(leader, faults)) if before != changed.bits]
+        window_void = [w for w in leader.void_windows("fault", regions) if before != changed.bits]
         for window in window_void:
             leader.void(window, _leg_failed_in_it(leader))
 

@@ -114,3 +114,19 @@ def merge_runs(runs: list[Run]) -> list[Run]:
 
 def overlaps(runs: list[Run] | tuple[Run, ...], lo: int, hi: int) -> bool:
     return any(a < hi and lo < b for a, b in runs)
+
+
+def without(runs: list[Run], taken: list[Run]) -> list[Run]:
+    """`runs` without `taken`; both sorted and merged."""
+    left: list[Run] = []
+    for lo, hi in runs:
+        position = lo
+        for first, last in taken:
+            if last <= lo or first >= hi:
+                continue
+            if first > position:
+                left.append((position, first))
+            position = max(position, last)
+        if position < hi:
+            left.append((position, hi))
+    return left

@@ -58,6 +58,7 @@ RULES: Final[dict[str, str]] = {
     "fresh-one-member": "fresh regions are spared their copy only where there is exactly one member",
     "drop-ends-fresh": "a region is not fresh where the copier of a void window could still write after the mark",
     "doubt-flips": "a region whose only ok leg failed a flush is ok on its copy alone, until that leg is written anew",
+    "clear-inside": "the end of a window clears no bits of regions whose members it does not tell",
     "join-state-after-register": "a joining member is registered before it is given the state",
     "done-before-clear": "changes of the map and of preferred happen one after the other, each confirmed by all",
 }

@@ -7,7 +7,9 @@ be kept) without consequence: its regions are just not ok, and are picked again 
 Difference to the design's step 5/6, and why (docs/decisions/0003): the touched blocks that remain at CLOSE are
 held and copied in parts of at most Limits.part_bytes, one after the other. A block that was copied under a hold is
 clean for good (later writes are mirrored, nothing old can follow), so the parts need not be held together, and the
-longest hold of one write has a bound that does not depend on how fast the application writes.
+longest hold of one write has a bound that does not depend on how fast the application writes. For the same reason a
+round without a hold (step 4) that leaves as much as the one before is the last, and the copier does not flush between
+step 4 and 5: the flush of step 7 is in no hold, so it need not be short, and each flush costs the copy time.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shadowvol.core import changes
-from shadowvol.core.geometry import MIB, Run, merge_runs, overlaps
+from shadowvol.core.geometry import MIB, Run, merge_runs, overlaps, without
 from shadowvol.core.legs import LEG_NAMES, S_OK, SOURCE, T_OK, TARGET, Phase, other
 from shadowvol.core.messages import Close, Drop, Flush, Freeze, HoldBlocks, Open, ReleaseBlocks, SetState, Thaw, Touched
 from shadowvol.core.records import WindowRecord, encode_window
@@ -26,13 +28,14 @@ if TYPE_CHECKING:
     from shadowvol.core.kernel import Task
     from shadowvol.core.leader import LeaderEngine
 
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Sizes of the protocol's batches; the simulator uses smaller ones."""
 
     window_bytes: int = 64 * MIB  # data to copy per window
     window_regions: int = 65536  # regions per window where most is holes: one chunk of the map
-    windows_open: int = 3  # so that flushes and records overlap copying
+    windows_open: int = 8  # so that flushes and records overlap copying, and one flush serves several
     touched_small_bytes: int = 4 * MIB  # below this another round without a hold is not worth it
     part_bytes: int = 4 * MIB  # touched blocks held and copied at once: some 10 ms on a disk of 400 MiB/s
 
@@ -209,17 +212,19 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
     todo = _without_fresh(leader, window, answers)
     yield from _copy(leader, window, [leader.geometry.region_extent(*run) for run in todo], recopy=False)
 
-    # 4. TOUCHED, a few rounds while the answer is large; then a flush, so that the later one is short.
+    # 4. TOUCHED: rounds without a hold, as long as each leaves much less than the one before.
     window.step = "touched"
     remaining: list[Run] = []
+    before_bytes: int | None = None
     for _ in range(TOUCHED_ROUNDS_MAX):
         answers = yield AskAll(Touched(window.id), window.subject)
         remaining = _union(leader, window, answers)
-        if _bytes_of(leader, remaining) <= leader.limits.touched_small_bytes:
+        left_bytes = _bytes_of(leader, remaining)
+        shrinks = before_bytes is None or left_bytes * 2 <= before_bytes
+        if left_bytes <= leader.limits.touched_small_bytes or not shrinks:
             break
         yield from _copy(leader, window, _block_extents(leader, remaining), recopy=True)
-        remaining = []
-    yield from _flush_copier(leader, window, (window.to_leg,))
+        before_bytes, remaining = left_bytes, []
 
     # 5. CLOSE: the blocks that are left, of all members together; 6. hold, copy and release them part by part.
     window.step = "close"
@@ -260,6 +265,10 @@ def _record_txn(leader: "LeaderEngine", window: Window) -> Txn | None:
 
 
 def _copy_held(leader: "LeaderEngine", window: Window, remaining: list[Run]) -> Steps:
+    if not remaining:
+        return
+    # One window at a time: of the copier's urgent work, what a held write waits for is one part.
+    yield WaitFor(lambda: all(each.step != "hold" for each in leader.windows.values()))
     window.step = "hold"
     part_blocks = max(1, leader.limits.part_bytes // leader.geometry.block_bytes)
     parts = _parts(remaining, part_blocks)
@@ -285,7 +294,7 @@ def done(leader: "LeaderEngine", window: Window, subject: str = "x") -> Steps:
     changed = leader.map.copy()
     in_doubt = [] if "doubt-flips" in leader.omit else _common(window.runs, leader.state.doubtful[window.from_leg])
     certain = tuple(
-        tuple(_less(list(runs), in_doubt)) if leg == window.from_leg else runs
+        tuple(without(list(runs), in_doubt)) if leg == window.from_leg else runs
         for leg, runs in enumerate(leader.state.doubtful)
     )
 
@@ -313,7 +322,7 @@ def done(leader: "LeaderEngine", window: Window, subject: str = "x") -> Steps:
         if faults:
             # A failed write that is not settled yet: no member may read its leg there once another reads the other.
             yield AskAll(Freeze(window.runs, reads=True, writes=True), subject)
-            yield from changes.persist_clear(leader, faults)
+            yield from changes.persist_clear(leader, faults, window.runs)
     # What the map says now, for all of the window's regions, in one change.
     said = tuple((leg, True, runs) for leg in (SOURCE, TARGET) if (runs := _ok_runs(leader, window, leg)))
     unsaid = tuple((leg, False, runs) for leg in (SOURCE, TARGET) if (runs := _only_runs(leader, window, other(leg))))
@@ -357,9 +366,7 @@ def _refused(answers: dict[str, dict[str, Any]]) -> None:
             raise WindowFailed(f"{host}: {answer['no']}")
 
 
-def _copy(
-    leader: "LeaderEngine", window: Window, extents: list[Run], *, recopy: bool, urgent: bool = False
-) -> Steps:
+def _copy(leader: "LeaderEngine", window: Window, extents: list[Run], *, recopy: bool, urgent: bool = False) -> Steps:
     if not extents:
         return
     if window.copier_session is None:
@@ -390,23 +397,7 @@ def _without_fresh(leader: "LeaderEngine", window: Window, answers: dict[str, di
     if not leader.single_member() and "fresh-one-member" not in leader.omit:
         return window.runs
     fresh = merge_runs([(lo, hi) for answer in answers.values() for lo, hi in answer.get("fresh", [])])
-    return _less(window.runs, fresh)
-
-
-def _less(runs: list[Run], taken: list[Run]) -> list[Run]:
-    """`runs` without `taken`; both sorted and merged."""
-    left: list[Run] = []
-    for lo, hi in runs:
-        position = lo
-        for first, last in taken:
-            if last <= lo or first >= hi:
-                continue
-            if first > position:
-                left.append((position, first))
-            position = max(position, last)
-        if position < hi:
-            left.append((position, hi))
-    return left
+    return without(window.runs, fresh)
 
 
 def _common(runs: list[Run], others: Sequence[Run]) -> list[Run]:

@@ -28,6 +28,7 @@ from shadowvol.endpoints.blockdev import writes_zeroes
 Cache = Literal["host", "none"]
 
 BOUNCE_BYTES = 1 << 20  # larger requests are served in pieces: at 1 MiB a piece costs far more than its system call
+RWF_DONTCACHE = 0x80  # preadv2(2); the os module has no name for it
 BOUNCE_IDLE_MAX = 16  # buffers kept for reuse; more may exist while more threads are inside
 DIRECT_ALIGN_MAX = 4096  # no medium that we know asks for more
 _NOT_HERE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EBUSY})
@@ -107,6 +108,7 @@ class LocalEndpoint:
         self._fd = fd
         self._direct_fd = -1
         self._align = 1
+        self._reads_once = True
         self._bounce_idle: deque[memoryview] = deque()
         self._allocation_align = kernelcalls.logical_block_bytes(fd) if self.is_disk else 1
         self._zero_range_works = writable
@@ -150,6 +152,20 @@ class LocalEndpoint:
         got = os.preadv(self._fd, (buffer,), offset)
         if got != len(buffer):
             self._read_rest(self._fd, memoryview(buffer), got, offset)
+
+    def pread_once(self, buffer: memoryview, offset: int) -> None:
+        """As pread_into, for what nobody will read again: what it brings into the page cache is dropped again."""
+        if self._direct_fd < 0 and self._reads_once:
+            try:
+                got = os.preadv(self._fd, (buffer,), offset, RWF_DONTCACHE)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                self._reads_once = False  # a kernel before 6.14, or a file system that cannot
+            else:
+                self._read_rest(self._fd, buffer, got, offset)
+                return
+        self.pread_into(buffer, offset)
 
     def _read_rest(self, fd: int, view: memoryview, done: int, offset: int) -> None:
         """The way of a short read: go on until full, or until the medium ends."""

@@ -88,6 +88,11 @@ class CopyPool:
         with self._changed:
             return PoolStatistics(self._total.read, self._total.written, len(self._jobs))
 
+    def is_copying(self) -> bool:
+        """Ordinary jobs are being done."""
+        with self._changed:
+            return not self._paused and any(not job.order.urgent for job in self._jobs)
+
     def stop(self) -> None:
         """Begin nothing more; returns when every thread has finished its system call and ended. Nothing is reported."""
         with self._changed:
@@ -155,8 +160,7 @@ class CopyPool:
                     piece = self._plan(job)
                 if piece is None:
                     return None, None
-                order = job.order
-                return piece, copier.run(piece, job.source, job.target, order.verify, order.compare_first, job.halt)
+                return piece, copier.run(piece, job.source, job.target, job.order, job.halt)
             except LegError as error:
                 if error.final or attempt == len(RETRY_WAITS_S):
                     raise
