@@ -61,6 +61,7 @@ class Site:
     socket: Path
     run: Path
     mark: str
+    request_limit_s: int = kernelnbd.REQUEST_LIMIT_S
 
     @property
     def _loop_place(self) -> fuseloop.Place:
@@ -82,7 +83,7 @@ class Site:
             check_device(asked)
         try:
             if (asked is None or _NBD.fullmatch(asked)) and kernelnbd.available():
-                return KernelDevice.connect(str(self.socket), self.volume, self.mark, asked)
+                return KernelDevice.connect(str(self.socket), self.volume, self.mark, asked, self.request_limit_s)
             if asked is not None and _NBD.fullmatch(asked):
                 raise BadDevice("the kernel here has no nbd driver; leave out --device, or give /dev/loopN")
             _check_tools()
