@@ -211,11 +211,15 @@ def test_detach_and_down_are_refused_while_they_would_hurt(volume: Volume, tmp_p
     volume.run("down")
 
 
-def test_an_agent_that_was_killed_leaves_a_device_that_can_be_detached(volume: Volume) -> None:
+def test_an_agent_that_was_killed_leaves_a_device_that_can_be_detached(volume: Volume, tmp_path: Path) -> None:
     device = attach(volume)
-    kill(volume, "agent")
+    make_file_system(device)
+    with mounted(device, tmp_path / "mnt") as mnt:
+        kill(volume, "agent")
+        assert f"is mounted at {mnt}" in volume.refused("detach")  # at once, whether it has looked already or not
+        (mnt / "file").write_text("still there")
     assert wait_for(lambda: volume.status()["endpoint"]["device"], RECOVERY_S, "found again") == device
     volume.run("detach")
     assert not list(Path("/sys/block").glob(f"{os.path.basename(device)}/loop"))
-    assert "v.disk" not in os.listdir(volume.product.home / "run")
+    assert not {"v.disk", "v.attach"} & set(os.listdir(volume.product.home / "run"))
     volume.run("down")

@@ -83,6 +83,8 @@ class Attachment:
                 continue
             delay_s = REPAIR_FIRST_S
             await self._supervise(device)
+            if self.wanted and self._device is None:
+                await trio.sleep(delay_s)
 
     def member_up(self) -> None:
         """A member serves: a link that died unseen can be mended."""
@@ -133,12 +135,13 @@ class Attachment:
         async with self._turn:
             if not self.wanted:
                 return
-            device = self._device
             try:
-                if device is None:
+                if self._device is None:  # lost, or this agent has not looked yet
+                    self._device = await _in_thread(self._site.find)
+                if self._device is None:
                     await _in_thread(self._site.remove_remains)
                 else:
-                    await self._take_down(device)
+                    await self._take_down(self._device)
             except DeviceInUse as error:
                 raise VerbError(REFUSED, f"volume {self._volume}: {self.device} {error}") from None
             except (AttachFailed, OSError) as error:

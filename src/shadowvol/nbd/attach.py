@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,7 @@ __all__ = ["AttachFailed", "BadDevice", "Device", "DeviceInUse", "DeviceLost", "
 
 _NBD, _LOOP = re.compile(r"/dev/nbd\d+"), re.compile(r"/dev/loop\d+")
 _OPENERS_MAX = 3  # named in a refusal
+OPENERS_LIMIT_S, OPENERS_POLL_S = 1.0, 0.1  # udev and its like open a device for a moment
 _PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"))
 
 
@@ -163,7 +165,9 @@ def claim(device: str) -> io.FileIO:
     holders = blockdev.holders_of(device)
     if holders:
         raise DeviceInUse(f"is in use by /dev/{holders[0]}; let that go first")
-    openers = _openers(device)
+    deadline_s = time.monotonic() + OPENERS_LIMIT_S
+    while (openers := _openers(device)) and time.monotonic() < deadline_s:
+        time.sleep(OPENERS_POLL_S)
     if openers:
         raise DeviceInUse(f"is open in {', '.join(openers[:_OPENERS_MAX])}; end that first")
     try:

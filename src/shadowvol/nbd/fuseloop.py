@@ -161,6 +161,7 @@ def clear(place: Place) -> None:
             raise FuseLoopError(f"umount: {_last_line(done.stderr)}")
     _end_bridge(place)
     place.file.unlink(missing_ok=True)
+    place.lock.unlink(missing_ok=True)  # only this agent starts bridges here, one at a time
 
 
 def _end_bridge(place: Place) -> None:
@@ -204,7 +205,10 @@ def _recorded_pid(place: Place) -> int | None:
 
 
 def _lock_is_free(place: Place) -> bool:
-    lock = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        lock = os.open(place.lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -119,14 +119,15 @@ class KernelDevice:
             poll.register(self._wake, select.POLLIN)
             while not self._stopping.is_set():
                 ready = {descriptor for descriptor, _ in poll.poll()}
-                if self._wake in ready:
+                poked = self._wake in ready
+                if poked:
                     os.eventfd_read(self._wake)
-                if watch.fileno() in ready:
-                    dead = watch.dead_links()
-                    if dead is not None and self._index not in dead:
-                        continue
+                dead = watch.dead_links() if watch.fileno() in ready else set()
+                died = dead is None or self._index in dead
+                if died:
                     _logger.warning("%s: the link of %s died", self._export, self.device)
-                self._renew()
+                if poked or died:
+                    self._renew()
 
     def poke(self) -> None:
         """Hand a new socket over, in case the old one is dead and nobody was told."""
