@@ -80,7 +80,7 @@ def after_fork() -> None:
     lock_memory()
     _die_at_once()
     logging.basicConfig(format="%(name)s: %(message)s")  # to stderr, which is the agent's log
-    member = Member(_spec, _listen_fd, _no_filter)
+    member = Member(_spec, _listen_fd)
     data = member.data
     member.start()
 
