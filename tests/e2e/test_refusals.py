@@ -117,7 +117,8 @@ LEGS = [
         }.items()
     ),
     create("source is no storage", "/dev/null", "{b}", "source /dev/null: is neither a file nor a block device"),
-    create("source of another volume", "{vs}", "{b}", "is in use by another process"),
+    create("source of another volume", "{vs}", "{b}", "is the source of volume v", "when its volume is deleted"),
+    create("target of another volume", "{a}", "{vt}", "is the target of volume v"),
     create("source of a volume that is down", "{ws}", "{b}", "is the source of volume w", "when its volume is deleted"),
     create("target of a volume that is down", "{a}", "{wt}", "is the target of volume w"),
     create("its hard link", "{a}", "{hard}", "is the target of volume w", setup=other_names_of("wt")),

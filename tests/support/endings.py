@@ -55,7 +55,7 @@ def run(home: Path, words: Sequence[str], *, nobody: bool = False, hide: Sequenc
     done = subprocess.run(
         command, env=clean | {"SHADOWVOL_HOME": str(home)}, capture_output=True, timeout=LIMIT_S, check=False, cwd="/"
     )
-    shown = shlex.join(word.encode(errors="replace").decode() for word in words)
+    shown = shlex.join(word.encode(errors="replace").decode().replace("\n", "\\n") for word in words)
     for folder in hide:
         shown = shown.replace(f"{folder}/", "").replace(str(folder), ".")
     out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")

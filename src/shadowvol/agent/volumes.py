@@ -4,11 +4,12 @@ The order, the same for both kinds of new legs:
 1. Names and sizes are judged, nothing is touched.
 2. `provision` makes the target's file, which is removed again if anything below refuses.
 3. Each leg is looked at: size, mounted, used by another device; then the two against each other.
-4. Each leg is claimed, as a member would, until the end: of two commands that want the same storage one is refused.
-5. The record is read, the leg compared with those of every volume in it, and the change committed with compares.
+4. The record is read, and the leg compared with those of every volume in it.
+5. Each leg is claimed, as a member would, until the end: of two commands that want the same storage one is refused.
+6. As 4, now that nobody else can record these legs; and the change is committed with compares.
 Data on a leg is never changed or deleted, in no case.
 
-Steps 2-4 block (a probe of a slow disk takes seconds), so they run in a thread.
+Steps 2 to 6 block (a probe of a slow disk takes seconds), so they run in a thread.
 """
 
 import errno
@@ -92,10 +93,12 @@ async def create_volume(
         made = await _in_thread(partial(_provision, target_path, facts.size_bytes)) if provision else None
         undo_made = undo.enter_context(_Removal(made))
         target_facts = await _in_thread(partial(_look_at_target, target_path, facts.size_bytes, force))
-        for role, leg in (("source", facts), ("target", target_facts)):
+        legs = {"source": facts, "target": target_facts}
+        await _in_thread(partial(_check_other_volumes, entries, legs, None))  # one that is up has claimed them
+        for role, leg in legs.items():
             undo.enter_context(await _in_thread(partial(_Claim, role, leg.path)))
         entries = await _read(coordinator, VOLUMES)  # again, now that nobody else can record these legs
-        await _in_thread(partial(_check_other_volumes, entries, {"source": facts, "target": target_facts}, None))
+        await _in_thread(partial(_check_other_volumes, entries, legs, None))
         geometry = Geometry.of(facts.size_bytes, region_bytes)
         config = VolumeConfig(
             name,
@@ -138,6 +141,7 @@ async def retarget_volume(
         facts = await _in_thread(partial(_look_at_target, target_path, config.size_bytes, force))
         if facts.identity == config.target.identity and facts.path == config.target.uri:
             return config
+        await _in_thread(partial(_check_other_volumes, entries, {"target": facts}, name))
         if facts.identity != config.target.identity:  # else its own member may hold the claim
             undo.enter_context(await _in_thread(partial(_Claim, "target", facts.path)))
         entries = await _read(coordinator, VOLUMES)
