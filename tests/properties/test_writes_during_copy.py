@@ -30,7 +30,9 @@ from shadowvol.core.windows import Limits
 from tests.support.memory_coordinator import MemoryStore
 
 BLOCKS = 8
-LIMITS = Limits(window_bytes=4, window_regions=2, windows_open=2, touched_small_bytes=1, part_bytes=2)
+LIMITS = Limits(
+    window_bytes=4, window_bytes_max=4, window_regions=2, windows_open=2, touched_small_bytes=1, part_bytes=2
+)
 
 
 class Machine:
@@ -85,9 +87,7 @@ class Machine:
         if isinstance(effect, SendTo):
             self.may(lambda: self.member.receive(effect.message, self.now))
         elif isinstance(effect, DoPersist):
-            self.may(
-                lambda: self.leader.on_persisted(effect.token, self.store.commit(effect.txn).ok, self.now)
-            )
+            self.may(lambda: self.leader.on_persisted(effect.token, self.store.commit(effect.txn).ok, self.now))
         elif isinstance(effect, DoCopy):
             blocks = [block for start, end in effect.step.extents for block in range(start, end)]
             self._copy(effect, blocks)

@@ -47,7 +47,9 @@ from tests.support.memory_coordinator import MemoryStore
 NAME = "vol"
 IDLE_S = 0.4  # zones are cleaned this long after their last write
 TICK_S = 0.05
-LIMITS = windows.Limits(window_bytes=6, window_regions=4, windows_open=3, touched_small_bytes=1, part_bytes=2)
+LIMITS = windows.Limits(
+    window_bytes=6, window_bytes_max=6, window_regions=4, windows_open=3, touched_small_bytes=1, part_bytes=2
+)
 
 
 @dataclass

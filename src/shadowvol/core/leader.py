@@ -55,6 +55,7 @@ class LeaderEngine(Kernel):
     ) -> None:
         super().__init__()
         self.limits = limits or windows.Limits()
+        self.window_bytes = self.limits.window_bytes  # of the next window
         self.config = record.config
         self.geometry = record.config.geometry
         self.keys = Keys(record.config.name)

@@ -33,15 +33,17 @@ if TYPE_CHECKING:
 class Limits:
     """Sizes of the protocol's batches; the simulator uses smaller ones."""
 
-    window_bytes: int = 64 * MIB  # data to copy per window
+    window_bytes: int = 64 * MIB  # data to copy per window, at first and where the copy is slow
+    window_bytes_max: int = 256 * MIB  # where it is fast: each window costs two records and a flush
     window_regions: int = 65536  # regions per window where most is holes: one chunk of the map
-    windows_open: int = 8  # so that flushes and records overlap copying, and one flush serves several
+    windows_open: int = 4  # so that flushes and records overlap copying, and one flush serves several
     touched_small_bytes: int = 4 * MIB  # below this another round without a hold is not worth it
     part_bytes: int = 4 * MIB  # touched blocks held and copied at once: some 10 ms on a disk of 400 MiB/s
 
 
 TOUCHED_ROUNDS_MAX = 3  # rounds without a hold before CLOSE
 PARTS_RETRIED_MAX = 8  # broken holds per window before it gives up
+COPY_SHORT_S, COPY_LONG_S = 1.0, 4.0  # a window copied sooner than this doubles the next one, later halves it
 BACKOFF_FIRST_S = 0.25
 BACKOFF_LAST_S = 30.0
 
@@ -157,7 +159,7 @@ def picker(leader: "LeaderEngine") -> Steps:
         lo, hi, value = span
         from_leg = SOURCE if value == S_OK else TARGET
         start, end = leader.geometry.region_extent(lo, hi)
-        stop = yield Probe(from_leg, start, end, leader.limits.window_bytes)
+        stop = yield Probe(from_leg, start, end, leader.window_bytes)
         if stop is None and not leader.copier_up:
             continue
         if stop is None:
@@ -210,7 +212,9 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
     # 3. COPY everything, but what was overwritten whole on both legs already.
     window.step = "copy"
     todo = _without_fresh(leader, window, answers)
+    began_s = leader.now_s
     yield from _copy(leader, window, [leader.geometry.region_extent(*run) for run in todo], recopy=False)
+    _fit_next_window(leader, leader.now_s - began_s)
 
     # 4. TOUCHED: rounds without a hold, as long as each leaves much less than the one before.
     window.step = "touched"
@@ -250,6 +254,14 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
         finished = yield Exclusive(done(leader, window))
     if not finished:
         raise WindowFailed(window.void_reason or "its record is gone")
+
+
+def _fit_next_window(leader: "LeaderEngine", took_s: float) -> None:
+    """Windows of about a second: large where that is much, so that records and flushes are few."""
+    if took_s < COPY_SHORT_S:
+        leader.window_bytes = min(leader.window_bytes * 2, leader.limits.window_bytes_max)
+    elif took_s > COPY_LONG_S:
+        leader.window_bytes = max(leader.window_bytes // 2, leader.limits.window_bytes)
 
 
 def record_put(leader: "LeaderEngine", window: Window, *, void: bool = False) -> tuple[str, bytes]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from shadowvol.transfer.legs import LegError, LegTable
 
-TOGETHER_MAX = 4  # as many waiting flushes begin at once
+TOGETHER_MAX = 3  # as many waiting flushes begin at once
 TOGETHER_S = 0.2  # the first one waits no longer than this
 
 

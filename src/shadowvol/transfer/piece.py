@@ -24,7 +24,7 @@ from shadowvol.transfer.plan import Piece, PieceKind
 
 VERIFY_TRIES = 3  # copies of a differing block after the first
 VERIFY_WAIT_S = 0.01  # grows with each try
-BEHIND_BYTES_MAX = 2 << 20  # written by a worker and not yet known to be on the medium
+BEHIND_BYTES_MAX = 8 << 20  # written by a worker and not yet known to be on the medium
 PUNCH_BYTES_MIN = 256 << 10  # a shorter run of zeroes over data is cheaper to write than to punch
 
 
