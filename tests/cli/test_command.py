@@ -130,7 +130,7 @@ def test_the_console_script_ends_with_the_same_codes(volume: Shell) -> None:
     volume("delete", "v", environment={"SHADOWVOL_HOST": "a/b"}).refused(2, "not a host name")
 
 
-@pytest.mark.parametrize("verb", ["verify", "attach", "mount", "members", "fence", "report"])
+@pytest.mark.parametrize("verb", ["verify", "mount", "members", "fence", "report"])
 def test_verbs_of_later_versions_are_not_there(shadowvol: Shell, verb: str) -> None:
     shadowvol.inside(verb, "v").refused(2, f"No such command '{verb}'")
     assert f"\n  {verb} " not in shadowvol.inside("--help").out
