@@ -5,6 +5,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from shadowvol.core.geometry import BLOCK_BYTES, MIB, Run
 from shadowvol.core.messages import Close, Flush, Freeze, HoldBlocks, Open, ReleaseBlocks, SetState, Thaw, Touched
 from tests.support.leader_stub import LeaderStub
@@ -54,6 +56,7 @@ def switch(leader: LeaderStub, preferred: int) -> None:
     assert leader.request("x", Thaw()) == {}
 
 
+@pytest.mark.parametrize("data_path", ["python", "filter", "disturbed"], indirect=True)
 def test_copy_cutover_and_undo_under_a_verifying_load(tmp_path: Path) -> None:
     source, target = sparse_file(tmp_path / "source", SIZE), sparse_file(tmp_path / "target", SIZE)
     with nbd_member(tmp_path, leg_record(source), leg_record(target), size_bytes=SIZE, phase="copying") as member:

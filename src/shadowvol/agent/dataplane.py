@@ -65,6 +65,7 @@ class DataPlane:
         self._listener: int | None = None  # descriptor
         self._outbox: trio.MemorySendChannel[tuple[dict[str, Any], bytes]] | None = None
         self._said_hello = False
+        self._no_filter_told: str | None = None
         self._stopping = False
         self._stopped = trio.Event()
 
@@ -155,6 +156,7 @@ class DataPlane:
             close_all(fds)
         self.pid = hello["pid"]
         self._said_hello = True
+        self._tell_no_filter(hello.get("no_filter"))
         incarnation = hello["incarnation"]
         self._newest = max(self._newest, incarnation)
         send, receive = trio.open_memory_channel[tuple[dict[str, Any], bytes]](OUTBOX_MAX)
@@ -173,6 +175,12 @@ class DataPlane:
         if self._outbox is send:
             self._outbox = None
         link.close()
+
+    def _tell_no_filter(self, why: str | None) -> None:
+        """Once, not at each start of a member."""
+        if why is not None and why != self._no_filter_told:
+            _logger.info("%s: the C filter is not used, I/O goes through Python: %s", self._volume, why)
+        self._no_filter_told = why
 
     def send(self, message: Request | Reply) -> None:
         """Queue for the member; dropped while there is no link (the leader repeats requests, the member its asks)."""

@@ -15,6 +15,7 @@ import click
 
 from shadowvol.agent.errors import FAILED, VerbError
 from shadowvol.cli.invocation import Invocation, pass_invocation
+from shadowvol.nbd.filter.usable import usable_filter
 
 COMMAND_LIMIT_S = 20
 MEMLOCK_BYTES_WANTED = 64 << 20  # a member, its buffers and the map of a large volume
@@ -102,12 +103,15 @@ def _checks(invocation: Invocation) -> list[Check]:
         for name in ("click", "rich", "trio", "xxhash")
     ]
     plugin = _succeeds("nbdkit", "python", "--version")
+    filter_ = usable_filter()
+    filter_remedy = f"{filter_.why_not}; I/O goes through Python (scripts/setup builds it)"
     return [
         Check("nbdkit", True, _command("nbdkit"), _debian("nbdkit")),
         Check("nbdkit python plugin", True, plugin, _debian("nbdkit-plugin-python")),
         Check("blkid", True, _command("blkid"), _debian("util-linux")),
         *python,
         Check("run directory", True, _usable_directory(run), f"mkdir -p -m 700 {run}"),
+        Check("C fast path of the data plane", False, lambda: filter_.path is not None, filter_remedy),
         Check("libnbd for python", False, _module("nbd"), _debian("python3-libnbd")),
         Check("nbdinfo, nbdcopy", False, _command("nbdcopy"), _debian("libnbd-bin")),
         Check("attach", False, _may_attach, "be root, and: modprobe nbd; or modprobe fuse; apt-get install mount"),

@@ -19,6 +19,7 @@ import mmap
 import os
 import stat
 from collections import deque
+from dataclasses import dataclass
 from typing import Literal
 
 from shadowvol.endpoints import kernelcalls
@@ -34,6 +35,21 @@ DIRECT_ALIGN_MAX = 4096  # no medium that we know asks for more
 _NOT_HERE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EBUSY})
 
 _zeroes = memoryview(mmap.mmap(-1, BOUNCE_BYTES))  # page-aligned; never written
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """The open descriptors of a LocalEndpoint, and what holds for them.
+
+    `direct_fd` is -1 without O_DIRECT. Else it takes what is aligned to `align` and lies before `direct_end`; the rest
+    goes through the endpoint. `punches`: FALLOC_FL_PUNCH_HOLE on `fd` makes any range read as zeroes.
+    """
+
+    fd: int
+    direct_fd: int
+    align: int
+    direct_end: int
+    punches: bool
 
 
 def open_local(path: str, *, cache: Cache, writable: bool, claim: bool) -> "LocalEndpoint":
@@ -329,6 +345,11 @@ class LocalEndpoint:
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot tell: all of it is data
                 return offset if whence == os.SEEK_DATA else end
             raise
+
+    def medium(self) -> Medium:
+        """For I/O beside this object: by who stops before close()."""
+        direct_end = _align_down(self.size_bytes, self._align)
+        return Medium(self._fd, self._direct_fd, self._align, direct_end, self.can_punch and not self.is_disk)
 
     # --- durability, write-back, the end ---------------------------------------------------------------------------
 

@@ -31,7 +31,8 @@ from shadowvol.link.framing import Frame
 from shadowvol.nbd.agentlink import AgentLink
 from shadowvol.nbd.counters import Recent, Totals
 from shadowvol.nbd.datapath import DataPath
-from shadowvol.nbd.gate import Gate, NoExecutor
+from shadowvol.nbd.filter.cgate import gate_for
+from shadowvol.nbd.gate import Gate
 from shadowvol.nbd.openlegs import LegRecord, OpenLegs
 
 TICK_S = 0.05
@@ -88,15 +89,16 @@ class GoingDown(Exception):
 
 
 class Member:
-    """See the module. `listen_fd` is the socket clients connect to; it is handed to each agent that says hello."""
+    """See the module. `listen_fd` is the socket clients connect to; it is handed to each agent that says hello.
+    `no_filter`: why nbdkit was started without the C filter."""
 
-    def __init__(self, spec: MemberSpec, listen_fd: int | None) -> None:
+    def __init__(self, spec: MemberSpec, listen_fd: int | None, no_filter: str | None) -> None:
         self.spec = spec
         self.geometry = spec.geometry
         self.engine = MemberEngine(self.geometry, spec.incarnation, align_bytes=1)
         self.legs = OpenLegs(spec.geometry.size_bytes, self.log)
         self.legs.records = [spec.source, spec.target]
-        self.gate: Gate = NoExecutor(self.engine, "there is none yet")
+        self.gate: Gate = gate_for(self.engine, no_filter)
         self.data = DataPath(self.engine, self.gate, self.legs, self._queue, self.log)
         self._listen_fd = listen_fd
         self._link = AgentLink(spec.link, self._hello, self._asks, self._received, self.log)
@@ -176,6 +178,7 @@ class Member:
             "volume": self.spec.volume,
             "incarnation": self.spec.incarnation,
             "pid": os.getpid(),
+            "no_filter": self.gate.why_not,
         }
         return message, () if self._listen_fd is None else (self._listen_fd,)
 
@@ -250,6 +253,7 @@ class Member:
         with self.data.lock:
             totals = self._totals()
             longest = self.gate.take_longest(self.data.counters)
+            filtered = self.gate.statistics()
             snapshot = asdict(self.engine.snapshot())
             in_flight = snapshot["writes_in_flight"] + snapshot["reads_in_flight"] + self.gate.in_flight()
             clients = self._clients
@@ -262,6 +266,7 @@ class Member:
             "totals": numbers,
             "recent": self._recent.note(time.monotonic(), totals),
             "in_flight": in_flight,
+            "filter": filtered,
             "clients": clients,
             "legs": self.legs.statistics(),
             "engine": snapshot,

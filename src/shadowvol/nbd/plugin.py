@@ -34,6 +34,7 @@ EXTENT_HOLE = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
 sys.tracebacklimit = 0
 
 _spec: MemberSpec | None = None
+_no_filter: str | None = None  # why nbdkit was started without the C filter
 _listen_fd: int | None = None
 member: Member
 data: Any  # member.data, one look-up nearer
@@ -51,10 +52,13 @@ def _fail(error: BaseException) -> NoReturn:
 
 
 def config(key: str, value: str) -> None:
-    global _spec
-    if key != "spec":
+    global _spec, _no_filter
+    if key == "spec":
+        _spec = MemberSpec.parse(value)
+    elif key == "no_filter":
+        _no_filter = value
+    else:
         raise ValueError(f"unknown parameter {key!r}")
-    _spec = MemberSpec.parse(value)
 
 
 def config_complete() -> None:
@@ -80,7 +84,7 @@ def after_fork() -> None:
     lock_memory()
     _die_at_once()
     logging.basicConfig(format="%(name)s: %(message)s")  # to stderr, which is the agent's log
-    member = Member(_spec, _listen_fd)
+    member = Member(_spec, _listen_fd, _no_filter)
     data = member.data
     member.start()
 

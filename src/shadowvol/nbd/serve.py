@@ -7,7 +7,8 @@ The order matters:
 3. With --detach, a child goes on and its parent exits with 0 after printing the child's pid: nbdkit with socket
    activation asks the kernel for SIGTERM when the thread that started it ends (PR_SET_PDEATHSIG), and a member must
    outlive its agent. The lock is held throughout: it belongs to the open file, which the child shares.
-4. exec, so that the process is nbdkit.
+4. exec, so that the process is nbdkit; with the C filter in front where it can be used (filter/usable.py), and
+   otherwise with the reason, which the member tells its agent.
 
 Exit codes: 3 the lock is held; 1 something else, one line on stderr. After exec they are nbdkit's.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import shadowvol
+from shadowvol.nbd.filter.usable import usable_filter
 
 LISTEN_FD = 3  # what socket activation hands over, by its convention
 THREADS_DEFAULT = 32  # more than a client has requests in flight: held writes must leave threads for reads
@@ -115,7 +117,13 @@ def serve(listen_fd: int, lock_path: str, spec: str, threads: int, detach: bool)
         os.close(listen_fd)
     protect_process()
     plugin = str(Path(__file__).resolve().with_name("plugin.py"))
-    command = ["nbdkit", "--foreground", "--threads", str(threads), "python", plugin, f"spec={spec}"]
+    filter_ = usable_filter()
+    command = ["nbdkit", "--foreground", "--threads", str(threads)]
+    if filter_.path is not None:
+        command.append(f"--filter={filter_.path}")
+    command += ["python", plugin, f"spec={spec}"]
+    if filter_.why_not is not None:
+        command.append(f"no_filter={filter_.why_not}")
     environment = dict(os.environ, PYTHONPATH=python_path(), LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
     os.execvpe(command[0], command, environment)
 
