@@ -9,6 +9,7 @@ from shadowvol.agent.volume import Volume
 from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.legs import LEG_NAMES, SOURCE, TARGET, Phase
 from shadowvol.core.records import VolumeRecord
+from shadowvol.nbd.counters import NUMBERS
 
 
 def record_of(engine: LeaderEngine) -> VolumeRecord:
@@ -104,7 +105,7 @@ def _io(volume: Volume) -> dict[str, Any]:
     totals = statistics.get("totals", {})
     engine = statistics.get("engine", {})
     return {
-        **{name: totals.get(name) for name in sorted(totals)},
+        **{name: totals.get(name) for name in NUMBERS},  # None until a member has told
         "clients": statistics.get("clients"),
         "in_flight": statistics.get("in_flight"),
         "zones_logged": engine.get("zones_logged"),

@@ -110,8 +110,10 @@ def complain(text: str) -> None:
         shown = line if len(line) <= ERROR_LINE_CHARACTERS_MAX else f"{line[:half]} … {line[-half:]}"
         try:
             sys.stderr.write(f"shadowvol: {shown}\n")
-        except OSError:
-            return  # nobody can be told; the exit code still tells
+            sys.stderr.flush()
+        except OSError:  # nobody can be told; the exit code still tells, unless Python tries again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+            return
 
 
 def _have_streams() -> None:

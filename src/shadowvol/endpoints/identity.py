@@ -48,6 +48,8 @@ class LegSpec:
             if scheme in ("nbd", "nbds", "nbd+unix", "nbds+unix"):
                 raise LegRefused(f"{argument}: NBD legs are not supported yet")
             raise LegRefused(f"{argument}: unknown kind of leg, give a path")
+        if "\0" in argument:
+            raise LegRefused(f"{argument!a}: a path has no NUL byte")
         joined = os.path.join(directory or os.getcwd(), argument)
         absolute = os.path.normpath(joined)
         path = absolute if absolute.startswith("/dev/") else os.path.realpath(joined)

@@ -46,6 +46,9 @@ def percentile_s(buckets: list[int], fraction: float) -> float | None:
     return None
 
 
+NUMBERS = ("reads", "read_bytes", "writes", "write_bytes", "flushes")  # what Totals.numbers() tells
+
+
 class Counters:
     """Plain numbers, changed under the data path's lock. `*_longest_s` are since the last take_longest()."""
 
@@ -106,8 +109,7 @@ class Totals:
         return cls(*numbers, (list(counters.buckets[READS]), list(counters.buckets[WRITES])))
 
     def numbers(self) -> dict[str, int]:
-        names = ("reads", "read_bytes", "writes", "write_bytes", "flushes")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in NUMBERS}
 
 
 class Recent:
