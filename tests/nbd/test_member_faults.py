@@ -1,32 +1,21 @@
 """A leg fails: the application does not see it while the other leg is ok, and sees its errno when none is."""
 
 import errno
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import nbd
 import pytest
 
-from shadowvol.core.geometry import MIB
+from shadowvol.core.geometry import KIB, MIB
 from shadowvol.core.messages import Fault, Flush, Open
-from tests.support.loopdev import loop_device
+from tests.support.loopdev import loop_device, small_disk
 from tests.support.nbd_member import Client, NbdMember, leg_record, nbd_member, sparse_file
 from tests.support.poll import wait_for
 
 SIZE = 64 * MIB
 SMALL_BYTES = 4 * MIB  # what the file system under a leg has room for
-
-
-@contextmanager
-def small_file_system(directory: Path) -> Iterator[Path]:
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_BYTES}", "none", str(directory)], check=True)
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", str(directory)], check=True)
 
 
 @pytest.fixture
@@ -37,7 +26,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def full(tmp_path: Path) -> Iterator[Path]:
     """A file that runs out of space after 4 MiB."""
-    with small_file_system(tmp_path / "small") as directory:
+    with small_disk(tmp_path / "small", SMALL_BYTES) as directory:
         yield sparse_file(directory / "leg", SIZE)
 
 
@@ -176,6 +165,20 @@ def test_a_failed_flush_of_the_only_leg_is_an_error(tmp_path: Path, full: Path) 
     with loop_device(full) as device, nbd_member(tmp_path, leg_record(device)) as member:
         client = member.client()
         client.write(b"x" * 8 * MIB, 0)
+        with pytest.raises(nbd.Error) as failed:
+            client.nbd.flush()
+        assert failed.value.errnum == errno.EIO
+        client.close()
+
+
+def test_a_flush_right_after_a_write_reaches_the_leg(tmp_path: Path, full: Path) -> None:
+    """Whoever executed the write, and although nothing was dirty before it: the leg's failure is told at once."""
+    with loop_device(full) as device, nbd_member(tmp_path, leg_record(device)) as member:
+        client = member.client()
+        client.nbd.flush()  # a new member takes its leg as dirty; from here on it does not
+        with suppress(OSError), (full.parent / "filler").open("wb") as filler:
+            filler.write(bytes(2 * SMALL_BYTES))
+        client.write(b"x" * 64 * KIB, 0)
         with pytest.raises(nbd.Error) as failed:
             client.nbd.flush()
         assert failed.value.errnum == errno.EIO

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shadowvol.endpoints.identity import identity_of
-from tests.support.loopdev import loop_device
+from tests.support.loopdev import loop_device, small_disk
 from tests.support.nbd_file import nbd_file
 from tests.support.transfer_client import TransferClient
 
@@ -357,19 +357,31 @@ def test_a_passing_fault_is_tried_again(client: TransferClient, source: Path, tm
 
 def test_a_failed_flush_is_told_once_and_names_the_leg(client: TransferClient, source: Path, tmp_path: Path) -> None:
     """A disk over a full file system: written pages cannot go anywhere. The source's flush is fine."""
-    full = tmp_path / "full"
-    full.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", str(full)], check=True)
-    try:
-        with loop_device(empty_file(full / "disk")) as device:
+    with small_disk(tmp_path / "full", 4 * MIB) as full, loop_device(empty_file(full / "disk")) as device:
+        client.open(source, device)
+        done = client.copy([(20 * MIB, 12 * MIB)])
+        failed = client.flush("source", "target")["failed"]
+        assert set(failed) == {"target"} and failed["target"]
+        assert done["ok"] or done["leg"] == "target"
+        client.open(None, None)
+
+
+def test_what_a_worker_waited_for_is_still_told_by_the_flush(client: TransferClient, tmp_path: Path) -> None:
+    """Write-back fails, then there is room again; the workers meet the failure while waiting for what they wrote. Only
+    the flush may use the error up: bits that were set after a flush that says nothing would be of lost data."""
+    size, lost = 128 * MIB, 12 * MIB  # each worker writes far more than it may be behind
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(lost) + bytes([1]) * (size - lost))
+    with small_disk(tmp_path / "full", 4 * MIB) as full, loop_device(empty_file(full / "disk", size)) as device:
+        try:
             client.open(source, device)
-            done = client.copy([(20 * MIB, 12 * MIB)])
-            failed = client.flush("source", "target")["failed"]
-            assert set(failed) == {"target"} and failed["target"]
-            assert done["ok"] or done["leg"] == "target"
+            assert client.copy([(0, lost)])["ok"]
+            subprocess.run(["blockdev", "--flushbufs", device], capture_output=True, check=False)  # waits for it
+            subprocess.run(["mount", "-o", f"remount,size={2 * size}", str(full)], check=True)
+            assert client.copy([(lost, size - lost)])["ok"]
+            assert set(client.flush("source", "target")["failed"]) == {"target"}
+        finally:
             client.open(None, None)
-    finally:
-        subprocess.run(["umount", str(full)], check=True)
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------

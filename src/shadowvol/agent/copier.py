@@ -14,9 +14,9 @@ from typing import Any
 
 import trio
 
-from shadowvol.agent import locks
 from shadowvol.core.legs import LEG_NAMES, leg_number
 from shadowvol.core.steps import CopierFlush, Copy, CopyResult, Probe
+from shadowvol.link import locks
 from shadowvol.transfer.wire import LineBuffer, WireError, encode
 
 RESTART_S = 0.5  # between two starts, so that a process that dies at once does not spin

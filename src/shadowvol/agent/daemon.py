@@ -17,13 +17,14 @@ from typing import Any
 
 import trio
 
-from shadowvol.agent import locks, verbs
+from shadowvol.agent import verbs
 from shadowvol.agent.client import AGENT_LOCK_HELD_EXIT
 from shadowvol.agent.paths import Home
 from shadowvol.agent.volume import Volume
 from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable, RecordDamaged
 from shadowvol.clustersync.open import open_coordinator
 from shadowvol.core.records import RecordError, VolumeConfig, decode_config, decode_state, volume_names
+from shadowvol.link import locks
 from shadowvol.link.framing import FramingError, close_all
 from shadowvol.link.triolink import TrioLink
 

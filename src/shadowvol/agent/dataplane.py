@@ -5,6 +5,7 @@ end of a member that an earlier agent started. `gone` is called only with the lo
 is started. The listening socket is the agent's; a new agent gets it back from the living member's hello.
 """
 
+import fcntl
 import logging
 import os
 import signal
@@ -17,8 +18,8 @@ from typing import Any
 
 import trio
 
-from shadowvol.agent import locks
 from shadowvol.core.messages import Answer, Ask, Reply, Request, from_wire, to_wire
+from shadowvol.link import locks
 from shadowvol.link.framing import Frame, FramingError, close_all
 from shadowvol.link.triolink import TrioLink
 from shadowvol.nbd.serve import member_argv
@@ -27,6 +28,7 @@ BACKLOG = 128
 RESTART_S = 0.05  # between two starts of a member
 RESTART_LAST_S = 3.0  # it doubles up to this while members die before they say hello
 OUTBOX_MAX = 10_000  # frames for a member that does not read; then its link is dropped and it reconnects
+_WAITING = trio.CapacityLimiter(10_000)  # a thread for each lock; the default limit would cap the volumes at 40
 
 _logger = logging.getLogger("shadowvol.agent")
 
@@ -116,7 +118,11 @@ class DataPlane:
 
     async def _wait_for_death(self) -> None:
         """Returns with the lock having been ours: no write of that member can still land."""
-        await locks.wait_until_free(self._lock_path)
+        lock = locks.open_lock(self._lock_path)
+        try:
+            await trio.to_thread.run_sync(fcntl.flock, lock, fcntl.LOCK_EX, abandon_on_cancel=True, limiter=_WAITING)
+        finally:
+            os.close(lock)
 
     def _listen(self) -> int:
         """A new listening socket; only when no member lives, so that nobody listens at the old one."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from shadowvol.agent import locks
 from shadowvol.agent.errors import VerbError, no_such_volume
 from shadowvol.agent.legcheck import check_before_up, failed_leg
 from shadowvol.agent.snapshot import live_status, record_of
@@ -16,6 +15,7 @@ from shadowvol.agent.status import status_of
 from shadowvol.agent.volume import Volume
 from shadowvol.agent.volumes import record_up, retarget_volume
 from shadowvol.core.records import Keys, RecordError, VolumeRecord, decode_volume, volume_names
+from shadowvol.link import locks
 
 if TYPE_CHECKING:
     from shadowvol.agent.daemon import Agent

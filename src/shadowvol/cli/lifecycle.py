@@ -155,7 +155,7 @@ def _lock_files(invocation: Invocation, name: str) -> Iterator[bool]:
     False: one of them is held, so a process lives; then nothing is removed. A file is removed only while its lock is
     held here, so whoever waits for it meanwhile looks again and finds a new file.
     """
-    from shadowvol.agent import locks
+    from shadowvol.link import locks
 
     home = invocation.settings.home
     paths = [path for path in (home.member_lock(name), home.transfer_lock(name)) if path.exists()]

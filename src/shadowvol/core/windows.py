@@ -214,7 +214,7 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
     todo = _without_fresh(leader, window, answers)
     began_s = leader.now_s
     yield from _copy(leader, window, [leader.geometry.region_extent(*run) for run in todo], recopy=False)
-    _fit_next_window(leader, leader.now_s - began_s)
+    fit_next_window(leader, leader.now_s - began_s)
 
     # 4. TOUCHED: rounds without a hold, as long as each leaves much less than the one before.
     window.step = "touched"
@@ -256,7 +256,7 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
         raise WindowFailed(window.void_reason or "its record is gone")
 
 
-def _fit_next_window(leader: "LeaderEngine", took_s: float) -> None:
+def fit_next_window(leader: "LeaderEngine", took_s: float) -> None:
     """Windows of about a second: large where that is much, so that records and flushes are few."""
     if took_s < COPY_SHORT_S:
         leader.window_bytes = min(leader.window_bytes * 2, leader.limits.window_bytes_max)

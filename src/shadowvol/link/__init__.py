@@ -1,1 +1,1 @@
-"""Framed messages between a member and its agent: both ends."""
+"""What a host's processes say to each other: framed messages between a member and its agent, and locks."""

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shadowvol.endpoints import blockdev
+from shadowvol.link import locks
 from shadowvol.nbd import bridge, handshake
 from shadowvol.nbd.kernelnbd import DeviceLost
 
@@ -101,7 +102,7 @@ class LoopDevice:
 
 def find(place: Place) -> LoopDevice | None:
     """The one that is there and alive, made by whom ever. An unfinished one is no device: see make()."""
-    if _lock_is_free(place):
+    if locks.is_free(place.lock):
         return None
     devices = _devices_on(place.file)
     pid = _recorded_pid(place)
@@ -166,7 +167,7 @@ def clear(place: Place) -> None:
 
 def _end_bridge(place: Place) -> None:
     """Returns when its lock has fallen. It ends when its file is unmounted, unless it waits for a member just then."""
-    if _wait(lambda: _lock_is_free(place), END_LIMIT_S if _recorded_pid(place) else 0.0):
+    if _wait(lambda: locks.is_free(place.lock), END_LIMIT_S if _recorded_pid(place) else 0.0):
         return
     process = _open_process(_recorded_pid(place), place)
     if process is not None:
@@ -176,7 +177,7 @@ def _end_bridge(place: Place) -> None:
             pass
         finally:
             os.close(process)
-    if not _wait(lambda: _lock_is_free(place), END_LIMIT_S):
+    if not _wait(lambda: locks.is_free(place.lock), END_LIMIT_S):
         raise FuseLoopError(f"a process that holds {place.lock} does not end")
 
 
@@ -191,7 +192,7 @@ def _open_process(pid: int | None, place: Place) -> int | None:
         descriptor = os.pidfd_open(pid)
     except OSError:
         return None
-    if blockdev.sys_value(Path(f"/proc/{pid}/comm")) == bridge.PROCESS_NAME and not _lock_is_free(place):
+    if blockdev.sys_value(Path(f"/proc/{pid}/comm")) == bridge.PROCESS_NAME and not locks.is_free(place.lock):
         return descriptor
     os.close(descriptor)
     return None
@@ -202,20 +203,6 @@ def _recorded_pid(place: Place) -> int | None:
         return int(place.lock.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
-
-
-def _lock_is_free(place: Place) -> bool:
-    try:
-        lock = os.open(place.lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(lock)
-    return True
 
 
 def _devices_on(file: Path) -> list[str]:

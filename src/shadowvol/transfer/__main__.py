@@ -5,14 +5,15 @@ transfer process holds the lock · 70 a bug of ours. The lock is held until the 
 """
 
 import argparse
-import fcntl
 import os
 import signal
 import socket
 import sys
 import threading
 import traceback
+from pathlib import Path
 
+from shadowvol.link import locks
 from shadowvol.transfer.hardening import harden
 from shadowvol.transfer.process import TransferProcess
 from shadowvol.transfer.wire import Channel, WireError
@@ -40,14 +41,12 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         connection = socket.socket(fileno=arguments.control_fd)
-        lock = os.open(arguments.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = locks.take(Path(arguments.lock))
     except OSError as error:
         _complain(str(error))
         return EXIT_USAGE
     with connection:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if lock is None:
             _complain(f"{arguments.lock} is held by another transfer process")
             return EXIT_LOCKED
         harden()

@@ -41,9 +41,8 @@ class Leg:
         self.name = name
         self.endpoint = endpoint
         self._reader = reader
-        self._write_turn = (
-            threading.Lock()
-        )  # or the kernel makes writers of one file spin: a third of the CPU (measured)
+        # Or the kernel lets writers of one file spin for it: a third of the CPU (measured).
+        self._write_turn = threading.Lock()
         self.users = 0  # guarded by LegTable
         self.retired = False
 

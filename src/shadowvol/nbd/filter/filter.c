@@ -17,17 +17,17 @@
  *    16  WHOLE_SLOW     a write that covers a whole region belongs to the engine
  *    32  READ_SLOW      reads belong to the engine: a hold of reads; and every region before the state is known
  * logged[zone]: 1, the zone is durably in the activity log: a mirrored write may go on.
- * dirty[zone]: bit of each leg that was written here since the gate last collected it; those zones are in dirty_zones.
+ * dirty[zone]: bit of each leg that a write which has ended wrote here since the gate last collected; listed in dirty_zones.
  * op.kind: FREE; READ and WRITE, I/O of ours is in flight; LET_THROUGH, a write that the plugin does. It owns its range
  * like any other, so that writes have one order on both legs whoever does them. A read that the plugin does needs no op.
  *
  * ORDER OF AN OPERATION
  * 1. Lock. A write waits until no other write, ours or let through, overlaps it (rounded out to `align`). Reads do not.
- * 2. Look at table, zones and legs: ours, or not. Enter the op. A write marks its zones dirty, before its first byte:
- *    a flush that fails from now on must count it. Unlock.
+ * 2. Look at table, zones and legs: ours, or not. Enter the op, before its first byte: from now on the gate's collecting
+ *    counts a write's zones as written, since a flush that fails must count it. Unlock.
  * 3. The I/O, or `next->`. The lock is never held across either. A mirrored write goes first to the leg that is not
  *    preferred: what somebody has read from the preferred leg is on the other one already.
- * 4. Lock. Mark the zones dirty again: a flush that began meanwhile does not count. If all went well and the op was not
+ * 4. Lock. Mark the zones dirty: a flush that began meanwhile does not count. If all went well and the op was not
  *    taken: count it, free it, wake who waits for the range. Unlock, and answer.
  * 5. Otherwise hand over: call `next->` with the op still in the table. The plugin claims it and has its ticket (one is
  *    made now, or was when the op was taken), so in the engine's eyes it was in flight without a gap. If all went well
@@ -223,14 +223,11 @@ free_op (enum kind kind, uint64_t first, uint64_t last)
   return found;
 }
 
-static struct op *
+static void
 enter (struct op *op, enum kind kind, uint8_t which, uint64_t start, uint64_t end,
        uint64_t first, uint64_t last)
 {
   *op = (struct op) { .kind = kind, .legs = which, .start = start, .end = end, .first = first, .last = last };
-  if (kind == WRITE)
-    mark_dirty (op);
-  return op;
 }
 
 static void

@@ -1,12 +1,11 @@
-"""flock as proof of death: a process holds its lock until the kernel has closed its files (DESIGN 5)."""
+"""flock as proof of death: a process holds its lock until the kernel has closed its files (DESIGN 5).
+
+What each process of ours uses, whether it holds a lock or looks for one; agent/dataplane.py also waits for one to fall.
+"""
 
 import fcntl
 import os
 from pathlib import Path
-
-import trio
-
-_WAITING = trio.CapacityLimiter(10_000)  # a thread each; the default limit would cap the volumes at 40
 
 
 def open_lock(path: Path) -> int:
@@ -27,15 +26,6 @@ def is_free(path: Path) -> bool:
     finally:
         os.close(lock)
     return True
-
-
-async def wait_until_free(path: Path) -> None:
-    """Returns once the lock has been ours for an instant."""
-    lock = open_lock(path)
-    try:
-        await trio.to_thread.run_sync(fcntl.flock, lock, fcntl.LOCK_EX, abandon_on_cancel=True, limiter=_WAITING)
-    finally:
-        os.close(lock)
 
 
 def take(path: Path) -> int | None:

@@ -1,0 +1,33 @@
+"""The leader's choices about windows that are not part of the protocol, and so not the simulator's business."""
+
+from shadowvol.core.geometry import MIB
+from shadowvol.core.leader import LeaderEngine
+from shadowvol.core.records import LegRecord, VolumeConfig, VolumeRecord, VolumeState
+from shadowvol.core.regionmap import RegionMap
+from shadowvol.core.windows import COPY_LONG_S, COPY_SHORT_S, Limits, fit_next_window
+
+LIMITS = Limits()
+
+
+def leader() -> LeaderEngine:
+    leg = LegRecord("", "", 64 * MIB, "host")
+    config = VolumeConfig("v", "block", 64 * MIB, MIB, leg, leg, 64 << 10, 16 * MIB)
+    return LeaderEngine(VolumeRecord(config, VolumeState(), RegionMap(64)), "h1", limits=LIMITS)
+
+
+def test_windows_grow_while_they_are_copied_soon_up_to_a_limit() -> None:
+    engine, sizes = leader(), []
+    for _ in range(4):
+        fit_next_window(engine, COPY_SHORT_S / 2)
+        sizes.append(engine.window_bytes // MIB)
+    assert sizes == [128, 256, 256, 256] and LIMITS.window_bytes_max == 256 * MIB
+
+
+def test_windows_shrink_to_the_first_size_where_the_copy_is_slow_or_throttled() -> None:
+    engine = leader()
+    engine.window_bytes = LIMITS.window_bytes_max
+    fit_next_window(engine, (COPY_SHORT_S + COPY_LONG_S) / 2)
+    assert engine.window_bytes == LIMITS.window_bytes_max
+    for _ in range(4):
+        fit_next_window(engine, COPY_LONG_S * 2)
+    assert engine.window_bytes == LIMITS.window_bytes
