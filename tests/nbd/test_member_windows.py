@@ -23,6 +23,7 @@ from shadowvol.core.messages import (
     Touched,
     UnlogZones,
 )
+from tests.support.nbd_file import nbd_file, paused
 from tests.support.nbd_member import Client, NbdMember, leg_record, nbd_member, sparse_file
 from tests.support.poll import wait_for
 
@@ -192,6 +193,69 @@ def test_an_idle_volume_empties_its_log(synced: NbdMember) -> None:
     assert synced.leader.asked(UnlogZones)[0].zones == [(0, 1)]
     synced.leader.latest_stats(lambda stats: stats["engine"]["zones_logged"] == 0)
     client.close()
+
+
+def test_a_zone_that_leaves_the_log_is_asked_for_again_before_the_next_write(synced: NbdMember) -> None:
+    """From the moment its removal is asked for: a crash after the removal would find no trace of that write."""
+    client = synced.client()
+    client.write(b"z" * 4096, 0)
+    with synced.leader.withholding(UnlogZones):
+        wait_for(lambda: synced.leader.asked(UnlogZones), 15, "the zone's removal")
+        held = client.start_write(b"y" * 4096, 0)
+        client.write(b"x" * 4096, 32 * MIB)  # another zone, there and back
+        assert never_done(client, held)
+    client.wait(held)
+    assert [want.zones for want in synced.leader.asked(LogZones)] == [[(0, 1)], [(2, 3)], [(0, 1)]]
+    client.close()
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[Path]:
+    """A leg whose I/O waits while `paused(tmp_path / "control")`."""
+    folder = tmp_path / "slow"
+    folder.mkdir()
+    with nbd_file(folder, "--filter=pause", "memory", str(SIZE), f"pause-control={tmp_path / 'control'}") as file:
+        yield file
+
+
+@pytest.mark.parametrize("kind", ["write", "read"])
+def test_who_drains_waits_for_what_was_begun_before(
+    tmp_path: Path, slow: Path, legs: tuple[Path, Path], kind: str
+) -> None:
+    """OPEN for a write (it goes to one leg only), a freeze for a read: not answered while that is under way, whoever
+    executes it. A request about other regions, sent later, is answered meanwhile."""
+    with nbd_member(tmp_path, leg_record(slow), leg_record(legs[1])) as member:
+        leader = member.leader
+        assert leader.prepare("start", {"source": member.source, "target": member.target}) == {}
+        leader.join("copying")
+        client = member.client()
+        with paused(tmp_path / "control"):
+            is_write = kind == "write"
+            begun = client.start_write(b"w" * 4096, 40 * MIB) if is_write else client.start_read(4096, 40 * MIB)
+            in_flight(member, 1)
+            drain = Open(1, [(40, 44)], 0, 1) if is_write else Freeze([(40, 44)], True, True)
+            waiting = leader.send("w1" if is_write else "x", drain)
+            assert leader.request("w2", Open(2, [(20, 24)], 0, 1)) == {"fresh": []}
+            assert not leader.answered(waiting) and never_done(client, begun)
+        client.wait(begun)
+        leader.answer(waiting)
+        client.close()
+
+
+def test_a_mirrored_write_comes_last_to_the_leg_that_is_read(
+    tmp_path: Path, slow: Path, legs: tuple[Path, Path]
+) -> None:
+    """What somebody has read is on both legs: reads that move to the other leg, after a fault, do not go back."""
+    with nbd_member(tmp_path, leg_record(legs[0]), leg_record(slow), phase="copying", target_ok=True) as member:
+        client = member.client()
+        client.write(b"old" * 1024, 0)
+        with paused(tmp_path / "control"):
+            begun = client.start_write(b"new" * 1024, 0)
+            in_flight(member, 1)
+            assert client.read(3072, 0) == b"old" * 1024
+        client.wait(begun)
+        assert client.read(3072, 0) == b"new" * 1024
+        client.close()
 
 
 def test_cutover_and_undo_under_io(synced: NbdMember, legs: tuple[Path, Path]) -> None:

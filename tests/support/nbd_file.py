@@ -1,5 +1,6 @@
 """A file whose every read and write goes to an nbdkit server (through nbdfuse): a medium with faults on order."""
 
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,3 +25,17 @@ def nbd_file(directory: Path, *nbdkit_arguments: str) -> Iterator[Path]:
         subprocess.run(["fusermount3", "-u", "-z", str(mount_point)], check=True)
         server.terminate()
         server.wait(30)
+
+
+@contextmanager
+def paused(control: Path) -> Iterator[None]:
+    """With nbdkit's pause filter, whose socket `control` is: requests that reach the server wait until the end."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(str(control))
+        connection.sendall(b"p")
+        assert connection.recv(1) == b"P"
+        try:
+            yield
+        finally:
+            connection.sendall(b"r")
+            assert connection.recv(1) == b"R"
