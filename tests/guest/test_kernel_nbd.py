@@ -21,9 +21,7 @@ SIZE_BYTES = 32 * MIB
 REQUEST_LIMIT_S = 2  # the kernel's time limit for a request; short, to be quick
 PROGRESS_LIMIT_S = 90.0
 FILES = (
-    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "src/shadowvol/nbd").rglob("*.py"))),
-    *(f"src/shadowvol/{name}.py" for name in ("__init__", "endpoints/__init__", "endpoints/blockdev")),
-    "src/shadowvol/endpoints/kernelcalls.py",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "src/shadowvol").rglob("*.py"))),
     "tests/support/filewriter.py",
     "tests/support/guestattach.py",
 )
