@@ -31,7 +31,14 @@ from tests.support.memory_coordinator import MemoryStore
 
 BLOCKS = 8
 LIMITS = Limits(
-    window_bytes=4, window_bytes_max=4, window_regions=2, windows_open=2, touched_small_bytes=1, part_bytes=2
+    window_bytes=4,
+    window_bytes_max=4,
+    window_regions=2,
+    windows_copying=2,
+    windows_open=3,
+    flush_delay_s=0.0,
+    touched_small_bytes=1,
+    part_bytes=2,
 )
 
 

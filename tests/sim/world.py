@@ -48,7 +48,14 @@ NAME = "vol"
 IDLE_S = 0.4  # zones are cleaned this long after their last write
 TICK_S = 0.05
 LIMITS = windows.Limits(
-    window_bytes=6, window_bytes_max=6, window_regions=4, windows_open=3, touched_small_bytes=1, part_bytes=2
+    window_bytes=6,
+    window_bytes_max=6,
+    window_regions=4,
+    windows_copying=3,
+    windows_open=5,
+    flush_delay_s=0.1,
+    touched_small_bytes=1,
+    part_bytes=2,
 )
 
 
@@ -770,7 +777,8 @@ class World:
     # ------------------------------------------------------------ power
 
     def power_loss(self) -> None:
-        """Everything dies at once; disks keep what they please of what was not flushed; the record is durable."""
+        """Everything dies at once; disks keep what they please of what was not flushed, the record all but relaxed
+        commits at its end."""
         self.note("POWER LOSS")
         self.coverage["power loss"] += 1
         self.power_epoch += 1
@@ -790,6 +798,9 @@ class World:
         for disk in self.disks:
             disk.openers.clear()
             disk.power_loss()
+        undone = self.rng.randint(0, self.store.relaxed_count)
+        self.coverage["relaxed commits undone by a power loss"] += undone
+        self.store.power_loss(undone)
         self.commands_open.clear()
         self.history.power_loss(self.now)
         self.now += 0.1

@@ -2,7 +2,7 @@
 
 `MemoryStore` is the pure heart, synchronous and deterministic: the seeded simulator and the crash enumeration drive it
 directly. `MemoryCoordinator` is a handle to a store, as an agent holds one; several may share it. A store lives as long
-as the object does, never fails, and never loses a commit: faults are added by who wraps it.
+as the object does, never fails, and loses only relaxed commits, at power_loss(): faults are added by who wraps it.
 """
 
 from collections.abc import AsyncGenerator, Callable
@@ -25,6 +25,7 @@ class MemoryStore:
         self._deleted: dict[str, int] = {}  # key -> revision of its deletion, oldest first
         self._compacted = 0
         self._tombstones_max = tombstones_max
+        self._undone_by_power: list[tuple[int, dict[str, Entry], dict[str, int], int]] = []  # before each relaxed one
 
     def read(self, prefix: str) -> Snapshot:
         keys = sorted(key for key in self.entries if key.startswith(prefix))
@@ -36,6 +37,11 @@ class MemoryStore:
             return Committed(False, self.revision)
         doomed = {key for deleted in txn.deletes for key in self.entries if _covers(deleted, key)}
         if doomed or txn.puts:
+            if txn.relaxed:
+                before = (self.revision, dict(self.entries), dict(self._deleted), self._compacted)
+                self._undone_by_power.append(before)
+            else:
+                self._undone_by_power.clear()
             self.revision += 1
             self._delete(doomed)
             for key, value in txn.puts:
@@ -59,6 +65,18 @@ class MemoryStore:
             (change for change in changes if change.revision > after_revision and change.key.startswith(prefix)),
             key=lambda change: (change.revision, change.key),
         )
+
+    @property
+    def relaxed_count(self) -> int:
+        """Commits at the end that a power failure may undo."""
+        return len(self._undone_by_power)
+
+    def power_loss(self, undone: int) -> None:
+        """The last `undone` relaxed commits (at most relaxed_count) have not happened."""
+        if undone:
+            before = self._undone_by_power[-undone]
+            self.revision, self.entries, self._deleted, self._compacted = before
+        self._undone_by_power.clear()
 
     def _holds(self, compare: Compare) -> bool:
         entry = self.entries.get(compare.key)

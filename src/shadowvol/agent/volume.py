@@ -52,6 +52,7 @@ TICK_S = 0.05
 LEAD_RETRY_S = 1.0  # between attempts to take the leadership while the coordinator cannot be reached
 DOWN_LIMIT_S = 15.0  # for a member to drain, flush and empty its log
 LOG_RETRY_S = 0.5
+BUSY_S = 2.0  # the application counts as busy so long after a request
 
 _logger = logging.getLogger("shadowvol.agent")
 
@@ -72,6 +73,7 @@ class Volume:
         self._coordinator = coordinator
         self._commands: dict[int, Callable[[int, str], None]] = {}
         self._command_number = 0
+        self._last_request_s = -BUSY_S  # when the application was last seen at work
         self._log: ActivityLog = ActivityLog(config.name, host, set())
         self._log_incarnation = 0
         self._log_asks: deque[Ask] = deque()
@@ -293,6 +295,7 @@ class Volume:
         while True:
             await trio.sleep(TICK_S)
             if self.engine is not None:
+                self.engine.application_busy = trio.current_time() - self._last_request_s < BUSY_S
                 self.engine.tick(trio.current_time())
                 self._pump()
                 self.progress.sample(trio.current_time(), self.engine, self.copier)
@@ -354,6 +357,8 @@ class Volume:
     def _member_counts(self, statistics: dict[str, Any]) -> None:
         for name, value in self.longest.items():
             self.longest[name] = max(value, statistics.get(name) or 0.0)
+        if any(statistics[name] for name in ("reads", "writes", "flushes")):
+            self._last_request_s = trio.current_time()
 
     def _member_said(self, message: Answer | Ask) -> None:
         if isinstance(message, Ask) and isinstance(message.want, LogZones | UnlogZones):

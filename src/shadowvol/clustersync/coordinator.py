@@ -48,14 +48,16 @@ class Change:
 
 
 class Coordinator(Protocol):
-    """All methods raise CoordinatorUnreachable; reads are linearizable; a returned commit is durable."""
+    """All methods raise CoordinatorUnreachable; reads are linearizable; a returned commit is durable,
+    if it was not relaxed."""
 
     async def read(self, prefix: str) -> Snapshot:
         """All entries whose key starts with `prefix` (the exact key counts too)."""
         ...
 
     async def commit(self, txn: Txn) -> Committed:
-        """Judge and apply `txn` atomically; durable (power loss) when this returns with ok."""
+        """Judge and apply `txn` atomically. When this returns with ok, it is durable (power loss), and so is every
+        one before it; a relaxed one may wait for the next that is not (core/txn.py)."""
         ...
 
     def watch(self, prefix: str, after_revision: int) -> AsyncGenerator[list[Change], None]:

@@ -5,6 +5,9 @@ process or in many.
 
 Invariants
 - What a commit returned as ok is durable: WAL, synchronous=FULL. No reader sees it before it is durable.
+- A group of relaxed commits only is written to the log without an fsync (synchronous=NORMAL). The next fsync is of the
+  whole log, and SQLite's recovery ends at the first frame that is not whole: so a power failure takes relaxed commits
+  from the end only, never one that a durable one follows.
 - The store's revision grows by one with each transaction that changes a key, so no two transactions share one.
 - Every value carries a checksum of key and value, judged whenever it is read (also by a compare). A value that does not
   match stops the caller with RecordDamaged; other keys stay readable.
@@ -156,8 +159,9 @@ class StateFile:
     def _check_or_create(self) -> None:
         fresh = self._check_format()  # before anything is changed: the file may be somebody else's
         self._switch_to_log()
+        self._synchronous = ""
+        self._set_durable(True)
         for setting in (
-            "synchronous = FULL",
             f"wal_autocheckpoint = {CHECKPOINT_PAGES}",
             f"journal_size_limit = {self._reserve_bytes}",
             "secure_delete = OFF",  # Debian's default writes each freed page once more
@@ -266,7 +270,7 @@ class StateFile:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """A writing transaction: all of it durable after the block, or nothing."""
+        """A writing transaction: after the block all of it is there (durably: see _set_durable), or nothing."""
         self._writer.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -394,6 +398,7 @@ class StateFile:
 
     def _commit_together(self, txns: Sequence[Txn]) -> list[Outcome]:
         outcomes: list[Outcome] = []
+        self._set_durable(not all(txn.relaxed for txn in txns))
         with self._transaction():
             first_revision = revision = self._meta("revision")
             for txn in txns:
@@ -410,6 +415,13 @@ class StateFile:
                 if revision // TRIM_EVERY_REVISIONS != first_revision // TRIM_EVERY_REVISIONS:
                     self._trim_tombstones()
         return outcomes
+
+    def _set_durable(self, durable: bool) -> None:
+        """Of the next transactions. SQLite takes this setting between two transactions only."""
+        wanted = "FULL" if durable else "NORMAL"
+        if wanted != self._synchronous:
+            self._writer.execute(f"PRAGMA synchronous = {wanted}")
+            self._synchronous = wanted
 
     def _holds(self, compare: Compare) -> bool:
         row = self._writer.execute(

@@ -8,7 +8,7 @@ core/kernel.py runs them step by step. No I/O, clock or thread is here: the shel
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shadowvol.core import changes, transitions, windows
+from shadowvol.core import changes, flushround, transitions, windows
 from shadowvol.core.geometry import Run
 from shadowvol.core.kernel import Kernel
 from shadowvol.core.legs import LEG_NAMES, SOURCE, TARGET, Phase
@@ -76,6 +76,8 @@ class LeaderEngine(Kernel):
         self.quarantine: dict[int, list[Run]] = {number: list(w.runs) for number, w in record.windows.items()}
         self.cursor = 0
         self.backoff = windows.Backoff()
+        self.application_busy = False  # told by the shell: requests came in lately
+        self.flush_delay = windows.FlushDelay(self.limits.flush_delay_s)
         self.copier_session = 0
         # faults and commands
         self.faults: list[tuple[str, Ask]] = []
@@ -87,6 +89,7 @@ class LeaderEngine(Kernel):
         self._transition_number = 0
         self.queue_exclusive(changes.take_over(self), "takeover")
         self.spawn(windows.picker(self), "picker")
+        self.spawn(flushround.flusher(self), "flusher")
 
     # ------------------------------------------------------------ events
 
@@ -187,6 +190,7 @@ class LeaderEngine(Kernel):
         puts: tuple[tuple[str, bytes], ...] = (),
         deletes: tuple[str, ...] = (),
         compares: tuple[Compare, ...] = (),
+        relaxed: bool = False,
     ) -> Txn:
         """A transaction of this leadership: it compares the epoch. `chunks`: regions of `new_map` to write."""
         guard = () if "epoch-compare" in self.omit else (
@@ -197,7 +201,8 @@ class LeaderEngine(Kernel):
             all_puts.append((self.keys.state, encode_state(state)))
         if new_map is not None and chunks:
             all_puts += [(self.keys.chunk(index), new_map.chunk(index)) for index in sorted(new_map.chunks_of(chunks))]
-        return Txn(guard + compares, tuple(all_puts), deletes)
+        relaxed = relaxed or "relaxed-only-adds" in self.omit
+        return Txn(guard + compares, tuple(all_puts), deletes, relaxed)
 
     def void_windows(self, reason: str, runs: list[Run] | None = None) -> list[windows.Window]:
         """Open windows that touch `runs` (None: all). The caller persists void_records(), then calls void() on each."""

@@ -33,11 +33,16 @@ class Txn:
     """Conditions and changes. A delete whose key ends with "/" deletes every key below it.
 
     Deletes take effect before puts, so that a prefix can be replaced in one transaction. A key is put once.
+
+    `relaxed`: a power failure of the coordinator's whole host may undo it, with all relaxed ones after the last that is
+    not; the death of a process never does. Only for what may as well not have happened when every process on that host
+    is gone. A coordinator may treat it like any other.
     """
 
     compares: tuple[Compare, ...] = ()
     puts: tuple[tuple[str, bytes], ...] = ()
     deletes: tuple[str, ...] = ()
+    relaxed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from shadowvol.core.geometry import MIB, Run, merge_runs, overlaps, without
 from shadowvol.core.legs import LEG_NAMES, S_OK, SOURCE, T_OK, TARGET, Phase, other
 from shadowvol.core.messages import Close, Drop, Flush, Freeze, HoldBlocks, Open, ReleaseBlocks, SetState, Thaw, Touched
 from shadowvol.core.records import WindowRecord, encode_window
-from shadowvol.core.steps import AskAll, CopierFlush, Copy, Exclusive, Persist, Probe, Steps, WaitFor, WindowVoid
+from shadowvol.core.steps import AskAll, Copy, Exclusive, Persist, Probe, Steps, WaitFor, WindowVoid
 from shadowvol.core.txn import Compare, Holds, Txn
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ class Limits:
     window_bytes: int = 64 * MIB  # data to copy per window, at first and where the copy is slow
     window_bytes_max: int = 256 * MIB  # where it is fast: each window costs two records and a flush
     window_regions: int = 65536  # regions per window where most is holes: one chunk of the map
-    windows_open: int = 4  # so that flushes and records overlap copying, and one flush serves several
+    windows_copying: int = 4  # at once, so that holds and messages of one overlap the copying of others
+    windows_open: int = 64  # with those that wait for the flush that serves them together
+    flush_delay_s: float = 5.0  # a window waits no longer for that flush, while the application is idle
     touched_small_bytes: int = 4 * MIB  # below this another round without a hold is not worth it
     part_bytes: int = 4 * MIB  # touched blocks held and copied at once: some 10 ms on a disk of 400 MiB/s
 
@@ -46,6 +48,7 @@ PARTS_RETRIED_MAX = 8  # broken holds per window before it gives up
 COPY_SHORT_S, COPY_LONG_S = 1.0, 4.0  # a window copied sooner than this doubles the next one, later halves it
 BACKOFF_FIRST_S = 0.25
 BACKOFF_LAST_S = 30.0
+FLUSH_DELAY_FIRST_S = 0.1  # after a window that failed; each that succeeds doubles it
 
 
 class WindowFailed(Exception):
@@ -70,6 +73,8 @@ class Window:
     task: "Task | None" = None
     recorded: bool = False
     copier_session: int | None = None  # which start of the copier has copied into it
+    flush_wanted_s: float | None = None  # since when it waits for a flush round
+    flush_outcome: "FlushOutcome | None" = None
 
     def touches(self, runs: list[Run]) -> bool:
         return any(overlaps(runs, lo, hi) for lo, hi in self.runs)
@@ -77,6 +82,14 @@ class Window:
     @property
     def subject(self) -> str:
         return f"w{self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class FlushOutcome:
+    """What a flush round has told a window; `error` is empty when its legs are flushed."""
+
+    error: str = ""
+    leg: int | None = None
 
 
 @dataclass(slots=True)
@@ -98,6 +111,22 @@ class Backoff:
         self.until_s = self.delay_s = 0.0
         self.reason = ""
         self.failures = 0
+
+
+class FlushDelay:
+    """How long a closed window waits for a flush (core/flushround.py): `longest_s`, but short after windows that
+    failed, so that with a member or copier that is killed again and again some are finished all the same."""
+
+    __slots__ = ("longest_s", "now_s")
+
+    def __init__(self, longest_s: float) -> None:
+        self.longest_s = self.now_s = longest_s
+
+    def succeeded(self) -> None:
+        self.now_s = min(self.now_s * 2, self.longest_s)
+
+    def failed(self) -> None:
+        self.now_s = min(FLUSH_DELAY_FIRST_S, self.longest_s)
 
 
 # ---------------------------------------------------------------- picking
@@ -145,15 +174,16 @@ def _next_span(leader: "LeaderEngine") -> tuple[int, int, int] | None:
     return None
 
 
-def _may_open(leader: "LeaderEngine") -> bool:
-    room = len(leader.windows) < leader.limits.windows_open
+def may_open(leader: "LeaderEngine") -> bool:
+    copying = sum(window.flush_wanted_s is None for window in leader.windows.values())
+    room = copying < leader.limits.windows_copying and len(leader.windows) < leader.limits.windows_open
     return room and may_copy(leader) and _next_span(leader) is not None
 
 
 def picker(leader: "LeaderEngine") -> Steps:
     """For ever: open the next window when one may be opened."""
     while True:
-        yield WaitFor(lambda: _may_open(leader))
+        yield WaitFor(lambda: may_open(leader))
         span = _next_span(leader)
         assert span is not None
         lo, hi, value = span
@@ -190,6 +220,7 @@ def window_steps(leader: "LeaderEngine", window: Window) -> Steps:
         yield from _fail(leader, window, str(failure), failure.leg)
     else:
         leader.backoff.clear()
+        leader.flush_delay.succeeded()
         leader.leg_worked(window.to_leg)
     leader.windows.pop(window.id, None)
 
@@ -240,8 +271,7 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
     # 7. Both legs are flushed, by the copier and by every member; then the bits, if the record is still there.
     # 8. DONE.
     window.step = "flush"
-    legs = (window.from_leg, window.to_leg) if "flush-both-legs" not in leader.omit else (window.to_leg,)
-    yield from _flush_copier(leader, window, legs)
+    yield from _flush_copier(leader, window)
     if "flush-members" not in leader.omit:
         answers = yield AskAll(Flush(window.id), window.subject)
         _refused(answers)
@@ -273,7 +303,8 @@ def _record_txn(leader: "LeaderEngine", window: Window) -> Txn | None:
     copying = leader.state.phase is Phase.COPYING or "window-only-copying" in leader.omit
     if not copying or window.void_reason:
         return None
-    return leader.txn(state=leader.state, puts=(record_put(leader, window),))
+    # Relaxed: after a power failure nobody is left who acts on it, and its regions are just not ok.
+    return leader.txn(state=leader.state, puts=(record_put(leader, window),), relaxed=True)
 
 
 def _copy_held(leader: "LeaderEngine", window: Window, remaining: list[Run]) -> Steps:
@@ -319,7 +350,11 @@ def done(leader: "LeaderEngine", window: Window, subject: str = "x") -> Steps:
         key = leader.keys.window(window.id)
         compares = (Compare(key, Holds.VALUE, record_put(leader, window)[1]),) if check else ()
         state = leader.change_state(doubtful=certain)
-        return leader.txn(state=state, new_map=changed, chunks=window.runs, deletes=(key,), compares=compares)
+        # Relaxed where it only adds bits: without them both legs hold all the same. "Synced" is never taken back.
+        relaxed = not in_doubt and changed.count_both() < len(changed)
+        return leader.txn(
+            state=state, new_map=changed, chunks=window.runs, deletes=(key,), compares=compares, relaxed=relaxed
+        )
 
     persisted = yield Persist(build, may_fail=False)
     if not persisted:
@@ -364,6 +399,7 @@ def _fail(leader: "LeaderEngine", window: Window, reason: str, leg: int | None) 
     yield AskAll(Drop(window.id, window.runs), window.subject)
     if leg is not None:
         leader.leg_failed(leg, reason)
+    leader.flush_delay.failed()
     leader.backoff.failed(leader.now_s, reason)
 
 
@@ -390,18 +426,15 @@ def _copy(leader: "LeaderEngine", window: Window, extents: list[Run], *, recopy:
     leader.state = leader.change_state(**{counter: getattr(leader.state, counter) + result.bytes_read})
 
 
-def _flush_copier(leader: "LeaderEngine", window: Window, legs: tuple[int, ...]) -> Steps:
+def _flush_copier(leader: "LeaderEngine", window: Window) -> Steps:
+    """Wait for the round of core/flushround.py that serves this window."""
     if "flush-copier" in leader.omit:
         return
-    if window.copier_session not in (None, leader.copier_session) and "flush-copier-session" not in leader.omit:
-        raise WindowFailed("the copier was restarted: the flush of another one proves nothing")
-    failed = yield CopierFlush(legs)
-    if failed is None:
-        raise WindowFailed("the copier stopped")
-    if failed:
-        leg, error = next(iter(failed.items()))
-        leader.queue_exclusive(changes.copier_flush_failed(leader, sorted(failed), error), "copier flush failed")
-        raise WindowFailed(f"flush: {error}", leg)
+    window.flush_wanted_s = leader.now_s
+    yield WaitFor(lambda: window.flush_outcome is not None)
+    assert window.flush_outcome is not None
+    if window.flush_outcome.error:
+        raise WindowFailed(window.flush_outcome.error, window.flush_outcome.leg)
 
 
 def _without_fresh(leader: "LeaderEngine", window: Window, answers: dict[str, dict[str, Any]]) -> list[Run]:

@@ -1,8 +1,8 @@
 """Flushing on threads of their own, so that copies go on meanwhile.
 
-One lane per leg. All flushes that are waiting when a lane begins are served by one fdatasync; while copies go on, it
-waits a little for more of them, since each one makes the medium empty its cache. A flush is never tried again: the
-kernel tells each open file once about a failed write-back, and a second try would call lost data durable.
+One lane per leg. All flushes that are waiting when a lane begins are served by one fdatasync. When a flush is worth
+asking for is the leader's business (core/flushround.py). A flush is never tried again: the kernel tells each open file
+once about a failed write-back, and a second try would call lost data durable.
 """
 
 import threading
@@ -10,23 +10,17 @@ from collections.abc import Callable
 
 from shadowvol.transfer.legs import LegError, LegTable
 
-TOGETHER_MAX = 3  # as many waiting flushes begin at once
-TOGETHER_S = 0.2  # the first one waits no longer than this
-
 
 class FlushLane:
-    """Flushes one leg. The lane's thread calls `report(request, leg name, error text or None)` once per request.
-    `copying()` tells whether more flushes are to be expected."""
+    """Flushes one leg. The lane's thread calls `report(request, leg name, error text or None)` once per request."""
 
     def __init__(
         self,
         leg_name: str,
         legs: LegTable,
         report: Callable[["FlushRequest", str, str | None], None],
-        copying: Callable[[], bool],
     ) -> None:
         self._leg_name = leg_name
-        self._copying = copying
         self._legs = legs
         self._report = report
         self._changed = threading.Condition()
@@ -51,21 +45,12 @@ class FlushLane:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._stopping)
-                self._changed.wait_for(self._enough, TOGETHER_S)
                 if self._stopping:
                     return
                 served, self._waiting = self._waiting, []
             error = self._flush()
             for request in served:
                 self._report(request, self._leg_name, error)
-
-    def look_again(self) -> None:
-        """`copying()` may answer differently now."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def _enough(self) -> bool:
-        return self._stopping or len(self._waiting) >= TOGETHER_MAX or not self._copying()
 
     def _flush(self) -> str | None:
         leg = self._legs.acquire(self._leg_name)

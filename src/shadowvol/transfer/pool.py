@@ -88,11 +88,6 @@ class CopyPool:
         with self._changed:
             return PoolStatistics(self._total.read, self._total.written, len(self._jobs))
 
-    def is_copying(self) -> bool:
-        """Ordinary jobs are being done."""
-        with self._changed:
-            return not self._paused and any(not job.order.urgent for job in self._jobs)
-
     def stop(self) -> None:
         """Begin nothing more; returns when every thread has finished its system call and ended. Nothing is reported."""
         with self._changed:

@@ -30,9 +30,7 @@ class TransferProcess:
         self._stopped = threading.Event()
         self._busy = threading.Event()
         self._pool = CopyPool(self._copied)
-        self._lanes = {
-            name: FlushLane(name, self._legs, self._flushed_leg, self._pool.is_copying) for name in LEG_NAMES
-        }
+        self._lanes = {name: FlushLane(name, self._legs, self._flushed_leg) for name in LEG_NAMES}
         self._probes: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._helpers = [
             threading.Thread(target=self._answer_probes, name="probe"),
@@ -99,8 +97,6 @@ class TransferProcess:
         self._legs.release(job.source)
         self._legs.release(job.target)
         self._channel.send(job.answer())
-        for lane in self._lanes.values():
-            lane.look_again()
 
     def _flush(self, message: Message) -> None:
         job_id, names = int(message["job"]), set(message["legs"])
