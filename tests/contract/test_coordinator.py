@@ -5,6 +5,7 @@ damaged and foreign files.
 """
 
 import os
+import shutil
 import signal
 import sqlite3
 import stat
@@ -14,7 +15,8 @@ import textwrap
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing
+from contextlib import AsyncExitStack, aclosing, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from shadowvol.clustersync.open import open_coordinator
 from shadowvol.clustersync.sqlite import GROUP_BYTES_MAX, SqliteCoordinator
 from shadowvol.clustersync.statefile import FORMAT, TOMBSTONES_MAX, TRIM_EVERY_REVISIONS, HistoryCompacted, StateFile
 from shadowvol.core.txn import Compare, Entry, Holds, Txn
+from tests.support.loopdev import loop_device, make_ext4, mounted
 from tests.support.memory_coordinator import MemoryCoordinator, MemoryStore
 
 DEADLINE_S = 20  # of anything that waits for a change
@@ -144,6 +147,12 @@ async def test_each_kind_of_compare(place: Place, compare: Compare, holds: bool)
     committed = await coordinator.commit(put("outcome", b"", at))
     assert committed.ok == holds
     assert ("outcome" in await values(coordinator)) == holds
+
+
+async def test_a_relaxed_transaction_is_seen_at_once(place: Place) -> None:
+    assert (await place.open().commit(replace(put("a", b"1"), relaxed=True))).ok
+    assert (await place.open().commit(replace(put("a", b"2", Compare("a", Holds.VALUE, b"1")), relaxed=True))).ok
+    assert await values(place.open()) == {"a": b"2"}
 
 
 async def test_one_failing_compare_refuses_everything(place: Place) -> None:
@@ -653,6 +662,45 @@ async def test_concurrent_commits_share_an_fsync(file_place: SqlitePlace) -> Non
             nursery.start_soon(coordinator.commit, put(f"{index}", bytes(GROUP_BYTES_MAX // 3)))
     large_groups = (await coordinator.statistics()).fsync_groups - statistics.fsync_groups
     assert large_groups >= 10, "a group outgrew its limit"
+
+
+async def test_a_relaxed_commit_costs_no_flush_and_is_durable_with_the_next_that_is(tmp_path: Path) -> None:
+    """The record on a file system of its own; a copy of that disk, as it is, is what a power failure leaves."""
+    disk = tmp_path / "disk"
+    disk.touch()
+    os.truncate(disk, 64 << 20)
+    make_ext4(disk)
+    with loop_device(disk, "--direct-io=on") as device, mounted(device, tmp_path / "live") as live:
+        counted = Path("/sys/block") / Path(device).name / "stat"
+        async with AsyncExitStack() as stack:
+            coordinator = SqliteCoordinator(live / "record.db", reserve_bytes=256 << 10)
+            stack.push_async_callback(coordinator.aclose)
+
+            async def flushes_of(txns: list[Txn]) -> int:
+                before = int(counted.read_text().split()[15])
+                for txn in txns:
+                    assert (await coordinator.commit(txn)).ok
+                return int(counted.read_text().split()[15]) - before
+
+            durable = await flushes_of([put(f"durable{number}", b"") for number in range(20)])
+            relaxed = await flushes_of([replace(put(f"relaxed{number}", b""), relaxed=True) for number in range(20)])
+            assert durable >= 20 > 10 > relaxed  # the file system itself flushes every 5 s
+            at_relaxed, at_durable = tmp_path / "at_relaxed", tmp_path / "at_durable"
+            shutil.copy(disk, at_relaxed)
+            await coordinator.commit(put("last", b""))
+            shutil.copy(disk, at_durable)
+
+    async def keys(image: Path) -> set[str]:
+        with loop_device(image) as device, mounted(device, tmp_path / "after") as after:
+            coordinator = SqliteCoordinator(after / "record.db", reserve_bytes=256 << 10)
+            try:
+                return set((await coordinator.read("")).entries)
+            finally:
+                await coordinator.aclose()
+
+    all_durable = {f"durable{number}" for number in range(20)}
+    assert all_durable <= await keys(at_relaxed)
+    assert await keys(at_durable) == all_durable | {f"relaxed{number}" for number in range(20)} | {"last"}
 
 
 async def test_a_value_that_does_not_match_its_checksum_is_named(file_place: SqlitePlace) -> None:

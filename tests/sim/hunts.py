@@ -178,6 +178,9 @@ HUNTS: dict[str, Hunt] = {
     "crash-voids": Hunt(DYING),
     "recovery-clears": Hunt(replace(MIRRORED, member_kill=1.0)),
     "recovery-only-both": Hunt(replace(MIRRORED, copy_s=0.1, member_kill=2.0, commands=4.0, verbs=("cutover", "undo"))),
+    "relaxed-only-adds": Hunt(
+        replace(FAULTS, flush_share=0.3, both_legs=0.0, trouble_s=0.1, trouble_at=(("bits cleared", "power", 0.5),))
+    ),
     "recovery-same-txn": Hunt(
         replace(MIRRORED, member_kill=1.5, persist_s=0.1, trouble_at=(("log emptied apart", "kill leader", 0.8),))
     ),

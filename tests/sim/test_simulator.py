@@ -40,6 +40,7 @@ RARE = (
     "power after: zones unlogged",
     "power loss",
     "read moved to the other leg after an error",
+    "relaxed commits undone by a power loss",
     "refused: a failed write there is not settled yet",
     "refused: a write failed in the window",
     "regions in doubt",

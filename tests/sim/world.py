@@ -713,6 +713,8 @@ class World:
         elif "map/000000" in puts and any(key.startswith("windows/") for key in deletes) and len(deletes) == 1:
             self.coverage["window's bits set"] += 1
             self.event("bits set")
+        elif "map/000000" in puts and not deletes:
+            self.event("bits cleared")
         if ok and any(key.startswith("windows/") for key in puts):
             self.event("window opened")
         if ok and deletes and not puts and all(key.startswith("activity/") for key in deletes):

@@ -45,6 +45,7 @@ RULES: Final[dict[str, str]] = {
     "crash-voids": "the recovery of a member voids every open window",
     "recovery-clears": "recovery clears the non-preferred bit in the crashed member's logged zones",
     "recovery-only-both": "recovery clears only where both bits are set",
+    "relaxed-only-adds": "a power failure may undo only records without which all is as well: windows, added bits",
     "recovery-same-txn": "recovery clears the bits in the transaction that empties the log",
     "switch-holds": "cutover and undo hold new writes and finish those in flight",
     "switch-drains-reads": "where reads move to the other leg, those in flight end before writes are let go",
