@@ -38,7 +38,7 @@ class Limits:
     window_regions: int = 65536  # regions per window where most is holes: one chunk of the map
     windows_copying: int = 4  # at once, so that holds and messages of one overlap the copying of others
     windows_open: int = 64  # with those that wait for the flush that serves them together
-    flush_delay_s: float = 5.0  # a window waits no longer for that flush, while the application is idle
+    flush_delay_s: float = 10.0  # a window waits no longer for that flush, while the application is idle
     touched_small_bytes: int = 4 * MIB  # below this another round without a hold is not worth it
     part_bytes: int = 4 * MIB  # touched blocks held and copied at once: some 10 ms on a disk of 400 MiB/s
 
