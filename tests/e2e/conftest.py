@@ -9,8 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from shadowvol.nbd.filter.usable import SWITCH
 from tests.support.endings import PROPERTY, Keep, table
 from tests.support.product import Product
+
+
+BOTH_DATA_PATHS = ("test_bad_storage", "test_kill", "test_load")  # modules whose tests run with and without the filter
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2] in BOTH_DATA_PATHS:
+        metafunc.parametrize("data_path", ["filter", "python"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def data_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C filter in front, as it is by default, or all in Python."""
+    if getattr(request, "param", "filter") == "python":
+        monkeypatch.setenv(SWITCH, "off")
 
 
 @pytest.fixture

@@ -177,6 +177,8 @@ def test_a_killed_command_line_leaves_no_half_of_a_verb(volume: Volume, keep: Ke
     volume.wait_synced()
     for step in range(12):
         verb = ("cutover", "undo")[step % 2]
+        # The verb of the command that was killed last may still be under way.
+        wait_for(lambda: product.status("v")["io"]["change"] is None, 20, "the agent is done with the last verb")
         before = volume.phase
         process = subprocess.Popen([COMMAND, "--home", str(product.home), verb, "v"], stderr=subprocess.PIPE)
         try:
