@@ -13,7 +13,6 @@ from shadowvol.nbd.filter.usable import SWITCH
 from tests.support.endings import PROPERTY, Keep, table
 from tests.support.product import Product
 
-
 BOTH_DATA_PATHS = ("test_bad_storage", "test_kill", "test_load")  # modules whose tests run with and without the filter
 
 
