@@ -23,9 +23,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def data_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The C filter in front, as it is by default, or all in Python."""
-    if getattr(request, "param", "filter") == "python":
-        monkeypatch.setenv(SWITCH, "off")
+    """All in Python, as it is by default, or with the C filter in front."""
+    if getattr(request, "param", "python") == "filter":
+        monkeypatch.setenv(SWITCH, "on")
 
 
 @pytest.fixture

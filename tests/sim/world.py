@@ -53,7 +53,7 @@ LIMITS = windows.Limits(
     window_regions=4,
     windows_copying=3,
     windows_open=5,
-    flush_delay_s=0.1,
+    flush_delay_s=0.0,
     touched_small_bytes=1,
     part_bytes=2,
 )
