@@ -23,9 +23,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def data_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All in Python, as it is by default, or with the C filter in front."""
-    if getattr(request, "param", "python") == "filter":
-        monkeypatch.setenv(SWITCH, "on")
+    """With the C filter in front, as it is by default, or all in Python."""
+    monkeypatch.setenv(SWITCH, "off" if getattr(request, "param", "filter") == "python" else "on")
 
 
 @pytest.fixture

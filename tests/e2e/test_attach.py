@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.attached import attach, check_file_system, make_file_system, mounted, remove_remains, run
 from tests.support.deviceload import DeviceLoad
+from tests.support.load import VERIFY
 from tests.support.loopdev import loop_device
 from tests.support.poll import wait_for
 from tests.support.product import MIB, Product, Volume, make_source
@@ -106,9 +107,8 @@ def test_many_requests_in_flight_are_not_mixed_up(volume: Volume, tmp_path: Path
     device = attach(volume)
     common = ["fio", f"--filename={device}", "--ioengine=libaio", "--direct=1", "--eta=never", "--randrepeat=0"]
     load = ["--name=load", "--rw=randrw", "--iodepth=32", "--bsrange=4k-1m", "--size=48m", "--loops=2"]
-    verify = ["--verify=crc32c", "--verify_backlog=64", "--verify_fatal=1"]
     trims = ["--name=trims", "--rw=randtrim", "--iodepth=4", "--bs=64k", "--offset=56m", "--size=32m", "--loops=4"]
-    command = [*common, *load, *verify, *trims]
+    command = [*common, *load, *VERIFY, *trims]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as fio:
         goal = volume.writes() + 20
         wait_for(lambda: volume.writes() > goal, RECOVERY_S, "fio writes")

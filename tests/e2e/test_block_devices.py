@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.load import Fio
+from tests.support.load import VERIFIED, Fio
 from tests.support.loopdev import loop_device
 from tests.support.product import MIB, Product, Volume, make_source
 
 SIZE_BYTES = 64 * MIB
 SECTORS = ("--sector-size", "4096")
-LOAD = ("--rw=randrw", "--bsrange=4k-256k", "--iodepth=16", "--verify=crc32c", "--verify_backlog=64")
+LOAD = (*VERIFIED, "--bsrange=4k-256k")
 
 
 def test_disks_of_4_kib_sectors_go_the_whole_way_under_load(product: Product, legs: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_disk_of_512_byte_sectors_goes_to_one_of_4_kib(product: Product, legs:
     target_file = make_source(legs / "target", SIZE_BYTES, 0)
     with loop_device(file) as source, loop_device(target_file, *SECTORS) as target:
         volume = Volume.make(product, Path(source), Path(target))
-        small = ("--rw=randrw", "--bssplit=512/30:1536/20:4k/20:64k/30", "--blockalign=512", *LOAD[2:])
+        small = (*VERIFIED, "--bssplit=512/30:1536/20:4k/20:64k/30", "--blockalign=512")
         with Fio(legs, volume.uri, *small) as fio:
             fio.wait_served(volume, 50)
             volume.run("start")

@@ -10,6 +10,7 @@ import pytest
 from shadowvol.core.geometry import BLOCK_BYTES, MIB, Run
 from shadowvol.core.messages import Close, Flush, Freeze, HoldBlocks, Open, ReleaseBlocks, SetState, Thaw, Touched
 from tests.support.leader_stub import LeaderStub
+from tests.support.load import VERIFIED
 from tests.support.nbd_member import leg_record, nbd_member, sparse_file
 
 SIZE = 32 * MIB
@@ -60,10 +61,9 @@ def switch(leader: LeaderStub, preferred: int) -> None:
 def test_copy_cutover_and_undo_under_a_verifying_load(tmp_path: Path) -> None:
     source, target = sparse_file(tmp_path / "source", SIZE), sparse_file(tmp_path / "target", SIZE)
     with nbd_member(tmp_path, leg_record(source), leg_record(target), size_bytes=SIZE, phase="copying") as member:
-        load = ["--ioengine=nbd", f"--uri={member.uri}", "--rw=randrw", "--bsrange=512-96k", "--iodepth=16"]
-        check = ["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64", "--verify_state_save=0"]
+        load = ["--ioengine=nbd", f"--uri={member.uri}", *VERIFIED, "--bsrange=512-96k", "--verify_state_save=0"]
         length = [f"--size={SIZE}", "--time_based", f"--runtime={FIO_S}", f"--aux-path={tmp_path}"]
-        command = ["fio", "--name=load", *load, *check, *length]
+        command = ["fio", "--name=load", *load, *length]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
             for number, first in enumerate(range(0, SIZE // MIB, WINDOW_REGIONS), 1):
                 copy_window(member.leader, number, [(first, first + WINDOW_REGIONS)], source, target)

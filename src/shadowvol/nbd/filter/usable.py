@@ -28,7 +28,7 @@ class Usable:
 
 
 def usable_filter(environment: Mapping[str, str] = os.environ) -> Usable:
-    switch = environment.get(SWITCH, "off")
+    switch = environment.get(SWITCH, "on")
     if switch == "off":
         return Usable(None, f"{SWITCH}=off")
     path = BUILT if switch == "on" else Path(switch)
