@@ -19,6 +19,7 @@ import pytest
 
 from shadowvol.core.geometry import KIB, MIB, Run
 from shadowvol.core.messages import Close, Fault, Freeze, LogZones, Open, SetState, Thaw, Touched
+from shadowvol.nbd.counters import bucket_end_ns
 from shadowvol.nbd.filter.usable import SWITCH
 from tests.support.filter_build import build_disturbed_filter, build_filter
 from tests.support.nbd_member import Client, NbdMember, leg_record, nbd_member, sparse_file
@@ -84,6 +85,10 @@ def finish(member: NbdMember, record: Record, *legs: Path) -> Record:
         lambda stats: stats["totals"]["reads"] + stats["totals"]["writes"] == wanted and not stats["in_flight"]
     )
     record.totals = stats["totals"]
+    for kind, latencies in stats["latencies"].items():  # both executors' together, each request once
+        assert sum(count for _, count in latencies["buckets"]) == stats["totals"][f"{kind}s"]
+        shortest_s = sum(count * (bucket_end_ns(bucket - 1) / 1e9) for bucket, count in latencies["buckets"])
+        assert shortest_s <= latencies["sum_s"] <= shortest_s * 1.125 + 1e-6
     record.told = [(want.operation, want.legs) for want in member.leader.asked(Fault)]
     record.logged = {zone for want in member.leader.asked(LogZones) for lo, hi in want.zones for zone in range(lo, hi)}
     record.legs = [digest(leg) for leg in legs]

@@ -2,10 +2,15 @@
 
 A histogram has 8 buckets per power of two of nanoseconds: each is at most 12.5 % wide, 320 of them reach 18 minutes.
 A latency is counted in `bucket_of(ns)`; the C filter does the same arithmetic (nbd/filter/filter.c, `bucket_of`).
+Histograms only grow while the member lives, so what was done between two looks is their difference, and histograms of
+several looks are merged by adding them.
 """
 
+from bisect import bisect_right
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final
 
 READS: Final = 0
@@ -46,19 +51,36 @@ def percentile_s(buckets: list[int], fraction: float) -> float | None:
     return None
 
 
+def counts_below(pairs: Iterable[Sequence[int]], limits_ns: Sequence[int]) -> list[int]:
+    """How many were shorter than each limit; `pairs` of (bucket, count) as Totals.latencies() tells them.
+
+    Exact where each limit is a bucket's end, as powers of two are; the limits ascend."""
+    counts = [0] * (len(limits_ns) + 1)
+    first_buckets = [bucket_of(limit_ns) for limit_ns in limits_ns]
+    for bucket, count in pairs:
+        counts[bisect_right(first_buckets, bucket)] += count  # the first limit that the whole bucket is below
+    return list(accumulate(counts[:-1]))
+
+
 NUMBERS = ("reads", "read_bytes", "writes", "write_bytes", "flushes")  # what Totals.numbers() tells
 
 
 class Counters:
-    """Plain numbers, changed under the data path's lock. `*_longest_s` are since the last take_longest()."""
+    """Plain numbers, changed under the data path's lock. `*_longest_s` are since the last take_longest().
+
+    `took_ns`: sums of the latencies, by kind. `holds`: requests that had to wait for a hold, `held_s`: how long together.
+    """
 
     __slots__ = (
         "buckets",
         "flushes",
+        "held_s",
         "hold_longest_s",
+        "holds",
         "read_bytes",
         "read_longest_s",
         "reads",
+        "took_ns",
         "write_bytes",
         "write_longest_s",
         "writes",
@@ -67,21 +89,33 @@ class Counters:
     def __init__(self) -> None:
         self.reads = self.read_bytes = self.writes = self.write_bytes = self.flushes = 0
         self.hold_longest_s = self.read_longest_s = self.write_longest_s = 0.0
+        self.holds, self.held_s = 0, 0.0
+        self.took_ns = [0, 0]
         self.buckets = ([0] * BUCKET_COUNT, [0] * BUCKET_COUNT)
 
     def read_ended(self, length_bytes: int, took_s: float) -> None:
         self.reads += 1
         self.read_bytes += length_bytes
-        self.buckets[READS][bucket_of(int(took_s * 1e9))] += 1
+        took_ns = int(took_s * 1e9)
+        self.took_ns[READS] += took_ns
+        self.buckets[READS][bucket_of(took_ns)] += 1
         if took_s > self.read_longest_s:
             self.read_longest_s = took_s
 
     def write_ended(self, length_bytes: int, took_s: float) -> None:
         self.writes += 1
         self.write_bytes += length_bytes
-        self.buckets[WRITES][bucket_of(int(took_s * 1e9))] += 1
+        took_ns = int(took_s * 1e9)
+        self.took_ns[WRITES] += took_ns
+        self.buckets[WRITES][bucket_of(took_ns)] += 1
         if took_s > self.write_longest_s:
             self.write_longest_s = took_s
+
+    def hold_ended(self, held_s: float) -> None:
+        """A request has waited for a hold so long."""
+        self.holds += 1
+        self.held_s += held_s
+        self.hold_longest_s = max(self.hold_longest_s, held_s)
 
     def take_longest(self) -> dict[str, float]:
         names = ("hold_longest_s", "read_longest_s", "write_longest_s")
@@ -93,7 +127,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Since the member's start, of both executors together; `buckets` by kind."""
+    """Since the member's start, of both executors together; `buckets` and `took_ns` by kind."""
 
     reads: int
     read_bytes: int
@@ -101,32 +135,49 @@ class Totals:
     write_bytes: int
     flushes: int
     buckets: tuple[list[int], list[int]]
+    took_ns: tuple[int, int]
+    holds: int
+    held_s: float
 
     @classmethod
     def of(cls, counters: Counters) -> "Totals":
         """A copy of one executor's."""
         numbers = (counters.reads, counters.read_bytes, counters.writes, counters.write_bytes, counters.flushes)
-        return cls(*numbers, (list(counters.buckets[READS]), list(counters.buckets[WRITES])))
+        buckets = (list(counters.buckets[READS]), list(counters.buckets[WRITES]))
+        took_ns = (counters.took_ns[READS], counters.took_ns[WRITES])
+        return cls(*numbers, buckets, took_ns, counters.holds, counters.held_s)
 
     def numbers(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in NUMBERS}
+
+    def latencies(self) -> dict[str, dict[str, Any]]:
+        """By kind: `sum_s`, and `buckets`, pairs of (bucket, count) of those that are not empty."""
+        return {
+            name: {
+                "sum_s": self.took_ns[kind] / 1e9,
+                "buckets": [pair for pair in enumerate(self.buckets[kind]) if pair[1]],
+            }
+            for kind, name in enumerate(KINDS)
+        }
 
 
 class Recent:
     """Rates and percentiles of the last RECENT_S seconds, from totals that are noted now and then."""
 
     def __init__(self) -> None:
-        self._noted: deque[tuple[float, Totals]] = deque()
+        self._noted: deque[tuple[float, Totals, dict[str, float]]] = deque()
 
-    def note(self, now_s: float, totals: Totals) -> dict[str, dict[str, Any]]:
-        """By kind: `iops`, `bytes_per_s`, `p50_s`, `p99_s` (None where nothing was done)."""
+    def note(self, now_s: float, totals: Totals, longest: dict[str, float]) -> dict[str, Any]:
+        """`longest`: since the last call, as of take_longest(). Answers `interval_s`, the time that the rest is about (0 at
+        the first call: nothing is known yet), and by kind `iops`, `bytes_per_s`, `p50_s`, `p99_s`, `longest_s` (None
+        where nothing was done); `hold`: `count` and `longest_s` of the requests that waited for a hold."""
         noted = self._noted
-        noted.append((now_s, totals))
+        noted.append((now_s, totals, longest))
         while len(noted) > 2 and noted[1][0] <= now_s - RECENT_S:
             noted.popleft()
-        since_s, before = noted[0]
+        since_s, before, _ = noted[0]
         span_s = now_s - since_s
-        recent: dict[str, dict[str, Any]] = {}
+        recent: dict[str, Any] = {"interval_s": span_s}
         for kind, name in enumerate(KINDS):
             deltas = [new - old for new, old in zip(totals.buckets[kind], before.buckets[kind], strict=True)]
             counts = getattr(totals, name + "s") - getattr(before, name + "s")
@@ -136,5 +187,12 @@ class Recent:
                 "bytes_per_s": moved / span_s if span_s > 0 else 0.0,
                 "p50_s": percentile_s(deltas, 0.50),
                 "p99_s": percentile_s(deltas, 0.99),
+                "longest_s": self._longest_s(f"{name}_longest_s") if counts else None,
             }
+        holds = totals.holds - before.holds
+        recent["hold"] = {"count": holds, "longest_s": self._longest_s("hold_longest_s") if holds else None}
         return recent
+
+    def _longest_s(self, name: str) -> float:
+        """Of what ended after the first noting, which the others tell of."""
+        return max((noted[2][name] for noted in list(self._noted)[1:]), default=0.0)

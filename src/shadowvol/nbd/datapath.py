@@ -288,8 +288,7 @@ class DataPath:
             ticket = admit(start, end)
             if ticket is not None:
                 if held_since_s:
-                    held_s = monotonic() - held_since_s
-                    self.counters.hold_longest_s = max(self.counters.hold_longest_s, held_s)
+                    self.counters.hold_ended(monotonic() - held_since_s)
                 return ticket
 
     def _wait_settled(self, ticket: Ticket) -> None:

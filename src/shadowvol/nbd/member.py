@@ -249,7 +249,8 @@ class Member:
 
     def statistics(self) -> dict[str, Any]:
         """The Stats frame: counts since the last one sent, totals, longest times since the last call; `recent`: rates
-        and latencies of the last seconds (counters.py). Of all requests, whoever executed them."""
+        and latencies of the last seconds; `latencies`, `holds`: since the start (counters.py). Of all requests, whoever
+        executed them."""
         with self.data.lock:
             totals = self._totals()
             longest = self.gate.take_longest(self.data.counters)
@@ -264,7 +265,9 @@ class Member:
             **{name: total - self._numbers_sent[name] for name, total in numbers.items()},
             **longest,
             "totals": numbers,
-            "recent": self._recent.note(time.monotonic(), totals),
+            "recent": self._recent.note(time.monotonic(), totals, longest),
+            "latencies": totals.latencies(),
+            "holds": {"count": totals.holds, "sum_s": totals.held_s},
             "in_flight": in_flight,
             "filter": filtered,
             "clients": clients,

@@ -20,7 +20,7 @@ from shadowvol.endpoints.local import LocalEndpoint
 from shadowvol.nbd.counters import BUCKET_COUNT, READS, WRITES, Counters, Totals
 from shadowvol.nbd.gate import NOT_BEGUN, Gate, NoExecutor
 
-INTERFACE = 1  # of filter.c; it has the same constant
+INTERFACE = 2  # of filter.c; it has the same constant
 OPS_MAX = 1024  # in flight in the filter at once, as in filter.c
 READ_SLOW = 32  # the filter's own bit of a region's byte: reads belong to the engine
 
@@ -47,6 +47,7 @@ class _FilterCounters(ctypes.Structure):
         ("longest_ns", ctypes.c_uint64 * 2),
         ("handed_over", ctypes.c_uint64 * 2),
         ("let_through", ctypes.c_uint64 * 2),
+        ("took_ns", ctypes.c_uint64 * 2),
         ("in_flight", ctypes.c_uint64),
         ("buckets", ctypes.c_uint64 * BUCKET_COUNT * 2),
     ]
@@ -222,6 +223,7 @@ class FilterGate:
             writes=ours.writes + theirs.ended[WRITES],
             write_bytes=ours.write_bytes + theirs.bytes[WRITES],
             buckets=(buckets[READS], buckets[WRITES]),
+            took_ns=(ours.took_ns[READS] + theirs.took_ns[READS], ours.took_ns[WRITES] + theirs.took_ns[WRITES]),
         )
 
     def take_longest(self, counters: Counters) -> dict[str, float]:

@@ -58,7 +58,7 @@
 
 #include <nbdkit-filter.h>
 
-#define INTERFACE 1                    /* what cgate.py expects of this file; change both */
+#define INTERFACE 2                    /* what cgate.py expects of this file; change both */
 #define OPS_MAX 1024                   /* a write waits for a free one, a read goes to the plugin */
 #define BOUNCE_BYTES (1 << 20)         /* larger O_DIRECT requests are done in pieces */
 #define DIRECT_ALIGN 4096              /* of memory, for O_DIRECT: no medium asks for more */
@@ -94,7 +94,7 @@ struct leg {
 };
 
 struct counters {                      /* by kind: 0 reads, 1 writes; only of what ended here */
-  uint64_t ended[2], bytes[2], longest_ns[2], handed_over[2], let_through[2], in_flight;
+  uint64_t ended[2], bytes[2], longest_ns[2], handed_over[2], let_through[2], took_ns[2], in_flight;
   uint64_t buckets[2][BUCKET_COUNT];
 };
 
@@ -256,6 +256,7 @@ settle (struct op *op, bool ok)
   uint64_t took_ns = now_ns () - begun_ns;
   counters.ended[kind]++;
   counters.bytes[kind] += op->end - op->start;
+  counters.took_ns[kind] += took_ns;
   counters.buckets[kind][bucket_of (took_ns)]++;
   if (took_ns > counters.longest_ns[kind])
     counters.longest_ns[kind] = took_ns;
