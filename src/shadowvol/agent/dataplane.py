@@ -52,7 +52,8 @@ class DataPlane:
         self.pid: int | None = None
         self.incarnation: int | None = None  # of the member whose link is up
         self.proven_dead = False  # no member lives: its lock was in our hands, and none was started since
-        self.statistics: dict[str, Any] = {}
+        self.statistics: dict[str, Any] = {}  # the last Stats frame of the member whose link is up
+        self._told_at_s: float | None = None  # when it came
         self.down_ready = trio.Event()
         self.down_clients = 0  # why the member refused to go down
         self._volume = volume
@@ -112,7 +113,7 @@ class DataPlane:
     def _told_gone(self) -> None:
         self.incarnation = None
         self.pid = None
-        self.statistics = {}
+        self.statistics, self._told_at_s = {}, None
         self.proven_dead = True
         self._gone()
 
@@ -192,6 +193,10 @@ class DataPlane:
         """Queue for the member; dropped while there is no link (the leader repeats requests, the member its asks)."""
         self._put(*to_wire(message))
 
+    def age_s(self) -> float | None:
+        """How long ago the member last told its statistics; None: not yet, or there is no member."""
+        return None if self._told_at_s is None else trio.current_time() - self._told_at_s
+
     def ask_down(self, force: bool) -> None:
         """The member drains, and says when (`down_ready`); without `force` it may refuse (`down_clients`)."""
         self.down_ready = trio.Event()
@@ -218,8 +223,9 @@ class DataPlane:
     def _take(self, frame: Frame) -> None:
         kind = frame.message.get("type")
         if kind == "Stats":
-            self.statistics = frame.message
-            self._counts(frame.message)
+            if frame.message["incarnation"] == self.incarnation:  # not the last words of a dead one
+                self.statistics, self._told_at_s = frame.message, trio.current_time()
+                self._counts(frame.message)
         elif kind == "DownReady":
             self.down_ready.set()
         elif kind == "DownRefused":

@@ -3,13 +3,13 @@
 import os
 from typing import Any
 
+from shadowvol.agent.iostatus import io_status
 from shadowvol.agent.paths import Home
 from shadowvol.agent.status import CopyState, Health, LegLive, LiveStatus, MemberLive
 from shadowvol.agent.volume import Volume
 from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.legs import LEG_NAMES, SOURCE, TARGET, Phase
 from shadowvol.core.records import VolumeRecord
-from shadowvol.nbd.counters import NUMBERS
 
 
 def record_of(engine: LeaderEngine) -> VolumeRecord:
@@ -96,20 +96,11 @@ def live_status(home: Home, volume: Volume) -> LiveStatus:
         members=members,
         transition=transition,
         last_error=volume.attachment.error,
-        io={**_io(volume), "windows_open": len(engine.windows), "change": doing["change"]},
+        io=io_status(
+            volume.plane.statistics,
+            volume.plane.age_s(),
+            volume.longest,
+            windows_open=len(engine.windows),
+            change=doing["change"],
+        ),
     )
-
-
-def _io(volume: Volume) -> dict[str, Any]:
-    statistics = volume.plane.statistics if volume.plane else {}
-    totals = statistics.get("totals", {})
-    engine = statistics.get("engine", {})
-    return {
-        **{name: totals.get(name) for name in NUMBERS},  # None until a member has told
-        "clients": statistics.get("clients"),
-        "in_flight": statistics.get("in_flight"),
-        "zones_logged": engine.get("zones_logged"),
-        "hold_longest_ms": round(1000 * volume.longest["hold_longest_s"], 3),
-        "write_longest_ms": round(1000 * volume.longest["write_longest_s"], 3),
-        "read_longest_ms": round(1000 * volume.longest["read_longest_s"], 3),
-    }

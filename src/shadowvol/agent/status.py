@@ -8,6 +8,7 @@ Beyond the contract: `up`, `paused`, `goal` (abort or undo under way), `bytes_bo
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from shadowvol.agent.iostatus import io_status
 from shadowvol.agent.volumes import shown_phase
 from shadowvol.core.legs import BOTH_OK, LEG_NAMES, SOURCE, TARGET, Phase
 from shadowvol.core.records import VolumeRecord
@@ -42,8 +43,7 @@ class MemberLive:
 class LiveStatus:
     """What only the agent knows of a volume. `nbd_uri` is None while down; pids are those on this host.
 
-    `transition`: None or {"verb", "id", "state", "waiting_for": [host…]}. `io`: numbers for people and metrics, such as
-    reads, writes, hold_longest_ms, write_longest_ms, zones_logged, windows_open.
+    `transition`: None or {"verb", "id", "state", "waiting_for": [host…]}. `io`: see agent/iostatus.py.
     """
 
     host: str
@@ -105,7 +105,7 @@ def status_of(
         "up": state.up,
         "paused": state.paused,
         "goal": state.goal,
-        "io": dict(live.io) if live is not None else {},
+        "io": dict(live.io) if live is not None else io_status({}, None),
     }
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shadowvol.cli.invocation import Invocation, pass_invocation
+from shadowvol.cli.iotable import io_table, is_quiet
 from shadowvol.cli.units import format_bytes, format_eta
 
 WATCH_PER_S = 2
@@ -61,6 +62,8 @@ def _picture(invocation: Invocation, name: str | None) -> RenderableType:
     if not found:
         return Text("no volumes")
     parts: list[RenderableType] = [_table(found)]
+    if any(one["endpoint"] is not None for one in found):
+        parts += [Text(), io_table(found)]
     for one in found:
         parts += [Text(f"{one['name']}: {line}") for line in _remarks(one)]
     if not by_agent:
@@ -110,6 +113,8 @@ def _remarks(one: dict[str, Any]) -> list[str]:
     """What does not fit into the table and somebody should know."""
     remarks = []
     copy = one["copy"]
+    if is_quiet(one):
+        remarks.append(f"the member has told nothing for {one['io']['age_s']:.0f} s: how I/O goes is not known")
     if copy["state"] in ("paused", "backoff", "failed"):
         remarks.append(f"copying: {copy['state']}" + (f" ({copy['reason']})" if copy["reason"] else ""))
     if one["goal"]:

@@ -68,7 +68,7 @@ NUMBERS = ("reads", "read_bytes", "writes", "write_bytes", "flushes")  # what To
 class Counters:
     """Plain numbers, changed under the data path's lock. `*_longest_s` are since the last take_longest().
 
-    `took_ns`: sums of the latencies, by kind. `holds`: requests that had to wait for a hold, `held_s`: how long together.
+    `took_ns`: sums of the latencies, by kind. `holds`: requests that had to wait for a hold; `held_s`: together that.
     """
 
     __slots__ = (
@@ -168,9 +168,9 @@ class Recent:
         self._noted: deque[tuple[float, Totals, dict[str, float]]] = deque()
 
     def note(self, now_s: float, totals: Totals, longest: dict[str, float]) -> dict[str, Any]:
-        """`longest`: since the last call, as of take_longest(). Answers `interval_s`, the time that the rest is about (0 at
-        the first call: nothing is known yet), and by kind `iops`, `bytes_per_s`, `p50_s`, `p99_s`, `longest_s` (None
-        where nothing was done); `hold`: `count` and `longest_s` of the requests that waited for a hold."""
+        """`longest`: since the last call, as of take_longest(). Answers `interval_s`, the time that the rest is about
+        (0 at the first call: nothing is known yet), and by kind `iops`, `bytes_per_s`, `p50_s`, `p99_s`, `longest_s`
+        (None where nothing was done); `hold`: `count` and `longest_s` of the requests that waited for a hold."""
         noted = self._noted
         noted.append((now_s, totals, longest))
         while len(noted) > 2 and noted[1][0] <= now_s - RECENT_S:
