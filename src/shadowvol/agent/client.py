@@ -2,7 +2,8 @@
 
 One request per connection. A line of JSON there: {"verb", "volume", "options", "state_url"}; a line of JSON back:
 {"code", "text", "data"}, with the exit codes of DESIGN 12. The agent answers when the verb is done.
-`ping` is answered as soon as the agent can take verbs; its data may name `pid`, `host` and `state_url`.
+`ping` is answered as soon as the agent can take verbs; its data names `host`, `state_url`, and `metrics`:
+null where none are wanted, else `url` and `error` (null: they are served).
 """
 
 import json

@@ -12,13 +12,16 @@ import socket
 import struct
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from shadowvol.agent import verbs
 from shadowvol.agent.client import AGENT_LOCK_HELD_EXIT
+from shadowvol.agent.metrics.address import MetricsAddress
+from shadowvol.agent.metrics.reading import read_agent
 from shadowvol.agent.paths import Home
 from shadowvol.agent.volume import Volume
 from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable, RecordDamaged
@@ -27,6 +30,9 @@ from shadowvol.core.records import RecordError, VolumeConfig, decode_config, dec
 from shadowvol.link import locks
 from shadowvol.link.framing import FramingError, close_all
 from shadowvol.link.triolink import TrioLink
+
+if TYPE_CHECKING:
+    from shadowvol.agent.metrics.endpoint import MetricsEndpoint
 
 REQUEST_BYTES_MAX = 1 << 20
 BACKLOG = 64
@@ -37,9 +43,16 @@ _logger = logging.getLogger("shadowvol.agent")
 
 
 class Agent:
-    """`volumes`: those that are up here, by name."""
+    """`volumes`: those that are up here, by name. `metrics`: the endpoint, where one is wanted."""
 
-    def __init__(self, home: Home, coordinator: Coordinator, state_url: str, host: str) -> None:
+    def __init__(
+        self,
+        home: Home,
+        coordinator: Coordinator,
+        state_url: str,
+        host: str,
+        metrics_address: MetricsAddress | None = None,
+    ) -> None:
         self.home = home
         self.state_url = state_url
         self.coordinator = coordinator
@@ -47,6 +60,8 @@ class Agent:
         self.volumes: dict[str, Volume] = {}
         self.broken: dict[str, str] = {}  # volumes whose record does not check out
         self.coming_and_going: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)  # one up or down at a time
+        self.metrics: MetricsEndpoint | None = None
+        self._metrics_address = metrics_address
         self._nursery: trio.Nursery | None = None
 
     async def run(self, control: trio.socket.SocketType, links: trio.socket.SocketType) -> None:
@@ -54,9 +69,23 @@ class Agent:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._accept, links, self._serve_link)
+            if self._metrics_address is not None:
+                nursery.start_soon(self._serve_metrics, self._metrics_address)
             await self._restore()
             nursery.start_soon(self._accept, control, self._serve_control)
             _logger.info("%s: agent is ready, home %s", self.host, self.home.directory)
+
+    async def _serve_metrics(self, address: MetricsAddress) -> None:
+        """Whatever happens to it, volumes are served. Its library is loaded only here."""
+        try:
+            from shadowvol.agent.metrics.endpoint import MetricsEndpoint
+
+            self.metrics = MetricsEndpoint(address, partial(read_agent, self))
+            await self.metrics.run()
+        except ImportError as error:
+            _logger.error("metrics: not served, volumes are: %s; scripts/setup installs it", error)
+        except Exception:
+            _logger.exception("metrics: not served any more, volumes are")
 
     async def _restore(self) -> None:
         """Bring up what was up."""
@@ -206,18 +235,20 @@ async def _until_signal(agent: Agent, control: trio.socket.SocketType, links: tr
                 return
 
 
-async def _main(home: Home, coordinator: Coordinator, state_url: str, host: str) -> None:
+async def _main(
+    home: Home, coordinator: Coordinator, state_url: str, host: str, metrics: MetricsAddress | None
+) -> None:
     control, links = _listen(home.agent_socket), _listen(home.link_socket)
     try:
-        await _until_signal(Agent(home, coordinator, state_url, host), control, links)
+        await _until_signal(Agent(home, coordinator, state_url, host, metrics), control, links)
     finally:
         home.agent_socket.unlink(missing_ok=True)
         with trio.CancelScope(shield=True):
             await coordinator.aclose()
 
 
-def run_agent(home: Home, state_url: str, host: str) -> int:
-    """The agent in the foreground, until SIGTERM. Exit code as in DESIGN 12."""
+def run_agent(home: Home, state_url: str, host: str, metrics: MetricsAddress | None = None) -> int:
+    """The agent in the foreground, until SIGTERM. Exit code as in DESIGN 12. `metrics`: where to serve them."""
     logging.basicConfig(
         level=os.environ.get("SHADOWVOL_LOG_LEVEL", "INFO").upper(),
         format=f"%(asctime)s %(levelname)s {host} %(message)s",
@@ -236,5 +267,5 @@ def run_agent(home: Home, state_url: str, host: str) -> int:
     except (RecordDamaged, CoordinatorUnreachable) as error:
         sys.stderr.write(f"shadowvol: {error}\n")
         return 6 if isinstance(error, CoordinatorUnreachable) else 1
-    trio.run(_main, home, coordinator, state_url, host)
+    trio.run(_main, home, coordinator, state_url, host, metrics)
     return 0

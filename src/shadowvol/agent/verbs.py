@@ -40,7 +40,8 @@ TRANSITIONS: dict[str, tuple[str, ...]] = {
 async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str, Any]) -> Outcome:
     """(exit code, text, data). Raises CoordinatorUnreachable, RecordDamaged, RecordError."""
     if verb == "ping":
-        return 0, "", {"host": agent.host, "state_url": agent.state_url}
+        metrics = None if agent.metrics is None else agent.metrics.snapshot()
+        return 0, "", {"host": agent.host, "state_url": agent.state_url, "metrics": metrics}
     if verb == "status":
         return await _status(agent, name, options)
     if name is None:

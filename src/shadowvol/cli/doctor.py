@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from shadowvol.agent import client
 from shadowvol.agent.errors import FAILED, VerbError
 from shadowvol.cli.invocation import Invocation, pass_invocation
 from shadowvol.nbd.filter.usable import usable_filter
@@ -96,11 +97,20 @@ def _usable_directory(path: Path) -> Callable[[], bool]:
     return look
 
 
+def _metrics_check(invocation: Invocation) -> list[Check]:
+    """Of the agent that runs, where it is to serve metrics."""
+    answer = client.ping(invocation.unchecked_settings.home)
+    metrics = answer.data.get("metrics") if answer is not None and isinstance(answer.data, dict) else None
+    if not metrics:
+        return []
+    return [Check(f"metrics at {metrics['url']}", False, lambda: metrics["error"] is None, f"{metrics['error']}; volumes are served")]
+
+
 def _checks(invocation: Invocation) -> list[Check]:
     run = invocation.unchecked_settings.home.run
     python = [
         Check(f"python package {name}", True, _module(name), f"{sys.executable} -m pip install {name}")
-        for name in ("click", "rich", "trio", "xxhash")
+        for name in ("click", "prometheus_client", "rich", "trio", "xxhash")
     ]
     plugin = _succeeds("nbdkit", "python", "--version")
     filter_ = usable_filter()
@@ -122,6 +132,7 @@ def _checks(invocation: Invocation) -> list[Check]:
         Check("fusermount3", False, _command("fusermount3"), _debian("fuse3")),
         Check("qemu-img, qemu-io", False, _command("qemu-img"), _debian("qemu-utils")),
         Check("qemu-storage-daemon", False, _command("qemu-storage-daemon"), _debian("qemu-system-common")),
+        *_metrics_check(invocation),
         Check("locked memory", False, _may_lock_memory, "ulimit -l unlimited (LimitMEMLOCK=infinity in a service)"),
     ]
 

@@ -8,7 +8,9 @@ from functools import partial
 import click
 
 from shadowvol.agent import client
-from shadowvol.agent.errors import FAILED, REFUSED, VerbError
+from shadowvol.agent.errors import BAD_INPUT, FAILED, REFUSED, VerbError
+from shadowvol.agent.metrics.address import MetricsAddress, chosen_metrics_address
+from shadowvol.agent.paths import SettingsError
 from shadowvol.cli.invocation import Invocation, pass_invocation
 from shadowvol.cli.units import DURATION, SIZE, format_bytes
 
@@ -72,6 +74,7 @@ def up(invocation: Invocation, names: tuple[str, ...]) -> None:
         return
     for name in wanted:
         invocation.check_volume_name(name)
+    _metrics_address(None)
     invocation.prepare()
     settings = invocation.settings
     try:
@@ -120,14 +123,28 @@ def _chosen(invocation: Invocation, names: tuple[str, ...]) -> list[str]:
 
 
 @click.command()
+@click.option(
+    "--metrics",
+    metavar="ADDRESS:PORT",
+    help="Serve metrics for Prometheus there; PORT alone: on loopback (SHADOWVOL_METRICS).  [default: none]",
+)
 @pass_invocation
-def agent(invocation: Invocation) -> int:
+def agent(invocation: Invocation, metrics: str | None) -> int:
     """Be the agent of this host, in the foreground."""
+    address = _metrics_address(metrics)
     from shadowvol.agent.daemon import run_agent
 
     invocation.prepare()
     settings = invocation.settings
-    return run_agent(settings.home, settings.state_url, settings.host)
+    return run_agent(settings.home, settings.state_url, settings.host, address)
+
+
+def _metrics_address(flag: str | None) -> MetricsAddress | None:
+    """Refused here, before an agent is started that would refuse it."""
+    try:
+        return chosen_metrics_address(flag, os.environ)
+    except SettingsError as error:
+        raise VerbError(BAD_INPUT, str(error)) from None
 
 
 @click.command()
