@@ -13,7 +13,8 @@ from shadowvol.nbd.filter.usable import SWITCH
 from tests.support.endings import PROPERTY, Keep, table
 from tests.support.product import Product
 
-BOTH_DATA_PATHS = ("test_bad_storage", "test_kill", "test_load")  # modules whose tests run with and without the filter
+# Modules whose tests run with and without the filter.
+BOTH_DATA_PATHS = ("test_bad_storage", "test_kill", "test_load", "test_statistics")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
