@@ -67,7 +67,7 @@ def test_a_known_load_is_what_status_shows(volume: Volume, tmp_path: Path) -> No
             assert_ordered(found["write"])
             assert 0 < found["interval_s"] < 7
         printed = volume.run("status")
-        assert "P99 MS" in printed and printed.count("reads") == 1, printed
+        assert "P99 ms" in printed and printed.count("reads") == 1, printed
     at_rest = wait_for(lambda: (found := recent(volume))["read"]["iops"] == 0 and found, 20, "the load has left")
     assert at_rest["read"]["p99_ms"] is None and at_rest["write"]["longest_ms"] is None
 

@@ -15,7 +15,7 @@ def io_table(found: list[dict[str, Any]]) -> Table:
     for heading in ("NAME", "LAST"):
         table.add_column(heading, no_wrap=True)
     table.add_column("I/O", no_wrap=True)
-    for heading in ("IOPS", "MIB/S", "P50 MS", "P99 MS", "LONGEST MS", "HOLDS", "LONGEST HOLD MS"):
+    for heading in ("IOPS", "MiB/s", "P50 ms", "P99 ms", "LONGEST ms", "HOLDS", "LONGEST HOLD ms"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in found:
         if one["endpoint"] is None:
