@@ -86,6 +86,8 @@ class Agent:
             _logger.error("metrics: not served, volumes are: %s; scripts/setup installs it", error)
         except Exception:
             _logger.exception("metrics: not served any more, volumes are")
+            if self.metrics is not None:
+                self.metrics.error = "it failed; the agent's log has more"
 
     async def _restore(self) -> None:
         """Bring up what was up."""

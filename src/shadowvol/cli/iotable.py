@@ -12,11 +12,10 @@ _MIB = 1 << 20
 def io_table(found: list[dict[str, Any]]) -> Table:
     """A row for reads and one for writes of each volume that is served; its holds are with the writes."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("NAME", "LAST"):
+    for heading in ("NAME", "LAST", "I/O"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("I/O", no_wrap=True)
     for heading in ("IOPS", "MiB/s", "P50 ms", "P99 ms", "LONGEST ms", "HOLDS", "LONGEST HOLD ms"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")  # headings are folded on a narrow terminal
     for one in found:
         if one["endpoint"] is None:
             continue
