@@ -55,6 +55,7 @@ async def test_a_scrape_gets_what_was_read_in_the_loop() -> None:
         assert one.snapshot() == {"url": f"http://127.0.0.1:{one.address.port}/metrics", "error": None}
         samples = samples_of(await fetched(one))
         assert value(samples, "volume_led", volume="v49") == 0
+        assert samples_of(await fetched(one, "/metrics?name[]=shadowvol_phase")) == samples, "a choice is not offered"
         assert (await refused(one, "/"))[0] == 404
         nursery.cancel_scope.cancel()
 

@@ -119,6 +119,7 @@ def _application(read: Callable[[], Awaitable[AgentReading]], token: trio.lowlev
     def answer(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/metrics":
             return _plain(start_response, "404 Not Found", "metrics are at /metrics\n")
+        environ["QUERY_STRING"] = ""  # a choice by name[] would find nothing: our names are not known beforehand
         try:
             with one_at_a_time:
                 body: Iterable[bytes] = metrics(environ, start_response)
