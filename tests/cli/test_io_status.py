@@ -38,7 +38,7 @@ def test_what_a_member_told_is_shown_with_its_interval() -> None:
         "hold": {"count": 1, "longest_ms": 6.0},
     }
     assert (io["reads"], io["read_bytes"], io["writes"], io["holds"], io["clients"]) == (1000, 4096000, 0, 1, 1)
-    assert (io["zones_logged"], io["windows_open"], io["change"], io["age_s"]) == (3, 1, "sync", 0.2)
+    assert (io["zones_logged"], io["windows_open"], io["change"], io["age_s"]) == (3, 1, "sync", 0.3)
     assert (io["read_longest_ms"], io["write_longest_ms"], io["hold_longest_ms"]) == (500, 250, 0)
 
 
@@ -87,6 +87,6 @@ def test_the_table_has_figures_where_there_are_some_and_dashes_elsewhere() -> No
 
 
 def test_a_quiet_member_is_one_that_is_there() -> None:
-    assert is_quiet({"io": io_status(told(2.0), STALE_S + 1, LONGEST)})
+    assert is_quiet({"io": io_status(told(2.0), STALE_S + 0.01, LONGEST)})
     assert not is_quiet({"io": io_status(told(2.0), 0.5, LONGEST)})
     assert not is_quiet({"io": io_status({}, None, LONGEST)})

@@ -5,6 +5,7 @@ not told for STALE_S, leaves null, never old numbers, and `age_s` says which of 
 `*_longest_ms` outside of `recent`: they are history, kept by the agent since the volume came up here.
 """
 
+import math
 from typing import Any, Final
 
 from shadowvol.nbd.counters import KINDS, NUMBERS
@@ -36,7 +37,7 @@ def io_status(
         **{f"{name.removesuffix('_s')}_ms": None if longest is None else _ms(longest[name]) for name in _LONGEST},
         "windows_open": known.get("windows_open"),
         "change": known.get("change"),
-        "age_s": None if age_s is None else round(age_s, 1),
+        "age_s": None if age_s is None else math.ceil(10 * age_s) / 10,  # up: what is not fresh does not look so
         "recent": _recent(told.get("recent") or {}),
     }
 
