@@ -1,8 +1,9 @@
 """The metrics endpoint: HTTP on threads of its own, so that no scraper can hold up the agent's loop.
 
 - A scrape asks the loop for a reading (a few milliseconds of it, with other tasks between two volumes), and makes text
-  from it on its own thread, one scrape at a time. A reading younger than READING_S is used again: members tell twice a
-  second, and whoever scrapes in a loop shall cost the agent no more than that.
+  from it on its own thread, one scrape at a time; the loop gets Python's lock back from it within SWITCH_S. A reading
+  younger than READING_S is used again, and so is its text: members tell twice a second, and whoever scrapes in a loop
+  shall cost the agent no more than that.
 - A scraper that is slow, or hangs, has a thread and nothing else. There are at most CONNECTIONS_MAX; one more is closed
   at once. A connection older than CONNECTION_LIMIT_S is shut down, whatever it does.
 - An address that cannot be used stops nothing: volumes are served, the log and `doctor` say why there are no metrics,
@@ -13,6 +14,7 @@ import errno
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -36,6 +38,7 @@ CONNECTIONS_MAX = 8
 CONNECTION_LIMIT_S = 10.0  # Prometheus itself gives up after 10 s
 LOOK_S = 0.5  # how often the age of connections is looked at
 READING_S = 0.5
+SWITCH_S = 0.0005  # for which the loop waits at most until a scrape's thread lets it go on; Python's own is 5 ms
 RETRY_S = 5.0
 
 _logger = logging.getLogger("shadowvol.agent")
@@ -54,7 +57,8 @@ class MetricsEndpoint:
 
     async def run(self) -> None:
         """Until cancelled."""
-        application = _application(self._read, trio.lowlevel.current_trio_token())
+        sys.setswitchinterval(SWITCH_S)
+        application = _Application(self._read, trio.lowlevel.current_trio_token())
         server = await self._bind(application)
         thread = threading.Thread(target=server.serve_forever, args=(LOOK_S,), name="metrics", daemon=True)
         thread.start()
@@ -92,8 +96,8 @@ def _reason(error: OSError) -> str:
     return known.get(error.errno or 0) or os.strerror(error.errno or errno.EIO)
 
 
-class _Collector:
-    """A registry's collector whose readings come from the loop."""
+class _Readings:
+    """The registry's collector: what the loop has read last, and again where that is old. One call at a time."""
 
     def __init__(self, read: Callable[[], Awaitable[AgentReading]], token: trio.lowlevel.TrioToken) -> None:
         self._read = read
@@ -101,36 +105,53 @@ class _Collector:
         self._reading: AgentReading | None = None
         self._read_at_s = 0.0
 
-    def collect(self) -> Iterable[Metric]:
-        """One at a time: called with _application's lock."""
+    def newest(self) -> AgentReading:
         if self._reading is None or time.monotonic() - self._read_at_s > READING_S:
             self._reading = trio.from_thread.run(self._read, trio_token=self._token)
             self._read_at_s = time.monotonic()
-        return families_of(self._reading)
+        return self._reading
+
+    def collect(self) -> Iterable[Metric]:
+        return families_of(self.newest())
 
 
-def _application(read: Callable[[], Awaitable[AgentReading]], token: trio.lowlevel.TrioToken) -> "WSGIApplication":
-    """prometheus_client's, below /metrics only, and with an answer instead of a traceback."""
-    registry = CollectorRegistry()
-    registry.register(_Collector(read, token))
-    metrics = make_wsgi_app(registry)
-    one_at_a_time = threading.Lock()
+class _Application:
+    """prometheus_client's, below /metrics only, with an answer instead of a traceback, and with each answer used again
+    while its reading is. Called on the threads of scrapes."""
 
-    def answer(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+    def __init__(self, read: Callable[[], Awaitable[AgentReading]], token: trio.lowlevel.TrioToken) -> None:
+        self._readings = _Readings(read, token)
+        registry = CollectorRegistry()
+        registry.register(self._readings)
+        self._metrics = make_wsgi_app(registry)
+        self._one_at_a_time = threading.Lock()
+        self._asked: tuple[AgentReading, str | None, str | None, str] | None = None
+        self._answer: tuple[str, list[tuple[str, str]], list[bytes]] = ("", [], [])
+
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/metrics":
             return _plain(start_response, "404 Not Found", "metrics are at /metrics\n")
-        environ["QUERY_STRING"] = ""  # a choice by name[] would find nothing: our names are not known beforehand
         try:
-            with one_at_a_time:
-                body: Iterable[bytes] = metrics(environ, start_response)
-                return body
+            with self._one_at_a_time:
+                status, headers, body = self._answered(environ)
         except (trio.Cancelled, trio.RunFinishedError):
             return _plain(start_response, "503 Service Unavailable", "the agent ends\n")
         except Exception:
             _logger.exception("metrics: a scrape failed")
             return _plain(start_response, "500 Internal Server Error", "the agent failed at it; its log has more\n")
+        start_response(status, list(headers))
+        return body
 
-    return answer
+    def _answered(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]], list[bytes]]:
+        """With the lock."""
+        environ["QUERY_STRING"] = ""  # a choice by name[] would find nothing: our names are not known beforehand
+        accept, encoding = environ.get("HTTP_ACCEPT"), environ.get("HTTP_ACCEPT_ENCODING")
+        asked = (self._readings.newest(), accept, encoding, environ["REQUEST_METHOD"])
+        if asked != self._asked:
+            begun: list[Any] = []
+            body = list(self._metrics(environ, lambda *status_and_headers: begun.extend(status_and_headers)))
+            self._asked, self._answer = asked, (begun[0], begun[1], body)
+        return self._answer
 
 
 def _plain(start_response: "StartResponse", status: str, text: str) -> Iterable[bytes]:
