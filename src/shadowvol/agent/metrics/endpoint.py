@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 CONNECTIONS_MAX = 8
 CONNECTION_LIMIT_S = 10.0  # Prometheus itself gives up after 10 s
-LOOK_S = 0.5  # how often the age of connections is looked at
+LOOK_S = 0.1  # how often the age of connections is looked at; an agent that ends waits as long
 READING_S = 0.5
 SWITCH_S = 0.0005  # for which the loop waits at most until a scrape's thread lets it go on; Python's own is 5 ms
 RETRY_S = 5.0
