@@ -21,7 +21,7 @@ FIELDS = {
     "regions_both_ok fraction_both_ok copy legs endpoint processes host leader epoch members transition "
     "last_switch_pause_ms undo_available last_error",
     "copy": "state reason rate_bytes_per_s eta_s bytes_copied bytes_recopied throttle",
-    "copy.throttle": "rate_bytes_per_s impact",
+    "copy.throttle": "rate_bytes_per_s impact min_rate_bytes_per_s finish_by allowed_bytes_per_s",
     "legs": "source target",
     "legs.source": "uri health errors last_error since",
     "legs.target": "uri health errors last_error since",

@@ -93,12 +93,14 @@ class Copier:
         self._send({"cmd": "cancel", "job": job})
 
     def throttle(self, rate: int | None) -> None:
-        self._rate = rate
-        self._send({"cmd": "throttle", "rate": rate})
+        if rate != self._rate:
+            self._rate = rate
+            self._send({"cmd": "throttle", "rate": rate})
 
     def pause(self, on: bool) -> None:
-        self._paused = on
-        self._send({"cmd": "pause", "on": on})
+        if on != self._paused:
+            self._paused = on
+            self._send({"cmd": "pause", "on": on})
 
     def lock_is_free(self) -> bool:
         """No transfer process of this volume lives on this host."""

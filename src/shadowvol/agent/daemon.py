@@ -22,6 +22,7 @@ from shadowvol.agent import verbs
 from shadowvol.agent.client import AGENT_LOCK_HELD_EXIT
 from shadowvol.agent.metrics.address import MetricsAddress
 from shadowvol.agent.metrics.reading import read_agent
+from shadowvol.agent.pacing import Pacer
 from shadowvol.agent.paths import Home
 from shadowvol.agent.volume import Volume
 from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable, RecordDamaged
@@ -59,6 +60,7 @@ class Agent:
         self.host = host
         self.volumes: dict[str, Volume] = {}
         self.broken: dict[str, str] = {}  # volumes whose record does not check out
+        self.pacer = Pacer(self.volumes)
         self.coming_and_going: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)  # one up or down at a time
         self.metrics: MetricsEndpoint | None = None
         self._metrics_address = metrics_address
@@ -71,6 +73,7 @@ class Agent:
             nursery.start_soon(self._accept, links, self._serve_link)
             if self._metrics_address is not None:
                 nursery.start_soon(self._serve_metrics, self._metrics_address)
+            nursery.start_soon(self.pacer.run)
             await self._restore()
             nursery.start_soon(self._accept, control, self._serve_control)
             _logger.info("%s: agent is ready, home %s", self.host, self.home.directory)
@@ -118,7 +121,7 @@ class Agent:
         assert self._nursery is not None
         volume = self.volumes.get(config.name)
         if volume is None or volume.ended.is_set():
-            volume = Volume(self.home, self.coordinator, config, self.host)
+            volume = Volume(self.home, self.coordinator, config, self.host, self.pacer)
             self.volumes[config.name] = volume
             self._nursery.start_soon(self._keep, volume)
         return volume

@@ -43,6 +43,10 @@ def copy_state(volume: Volume, engine: LeaderEngine) -> tuple[CopyState, str | N
         return "running", "the transfer process is starting"
     if engine.quarantine:
         return "running", "regions of an earlier leader's windows wait until its copier is known to have stopped"
+    if volume.copies_ahead:
+        return "running", f"waits for its turn: {' and '.join(volume.copies_ahead)} copy first on this host"
+    if volume.allowed.rate is not None and volume.allowed.rate != engine.state.rate_bytes_per_s:
+        return "running", "yields to the application"
     return "running", engine.state.goal and f"resync before {engine.state.goal}"
 
 
@@ -83,6 +87,7 @@ def live_status(home: Home, volume: Volume) -> LiveStatus:
     return LiveStatus(
         copy_state=state,
         copy_reason=reason,
+        allowed_bytes_per_s=None if volume.allowed.rate is None else int(volume.allowed.rate),
         rate_bytes_per_s=volume.progress.rate_bytes_per_s() if running else 0.0,
         eta_s=volume.progress.eta_s(bytes_left) if running else None,
         legs=(leg_status(volume, engine, SOURCE), leg_status(volume, engine, TARGET)),

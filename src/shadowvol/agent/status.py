@@ -6,6 +6,7 @@ Beyond the contract: `up`, `paused`, `goal` (abort or undo under way), `bytes_bo
 """
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from shadowvol.agent.iostatus import io_status
@@ -50,6 +51,7 @@ class LiveStatus:
     copy_state: CopyState = "idle"
     copy_reason: str | None = None
     rate_bytes_per_s: float | None = None
+    allowed_bytes_per_s: int | None = None  # to the copy, by the throttle; None: full speed
     eta_s: float | None = None
     legs: tuple[LegLive, LegLive] = (LegLive(), LegLive())
     nbd_uri: str | None = None
@@ -109,6 +111,11 @@ def status_of(
     }
 
 
+def iso_utc(wall_s: float) -> str:
+    """Seconds since 1970 as ISO 8601 in UTC."""
+    return datetime.fromtimestamp(wall_s, UTC).isoformat(timespec="milliseconds")
+
+
 def _released(record: VolumeRecord) -> int | None:
     """The leg that the volume has let go of, if any."""
     return SOURCE if record.state.phase is Phase.COMMITTED and not record.state.keep_undo else None
@@ -138,7 +145,13 @@ def _copy(record: VolumeRecord, live: LiveStatus | None) -> dict[str, Any]:
         "eta_s": live.eta_s if live else None,
         "bytes_copied": state.bytes_copied,
         "bytes_recopied": state.bytes_recopied,
-        "throttle": {"rate_bytes_per_s": state.rate_bytes_per_s, "impact": state.impact},
+        "throttle": {
+            "rate_bytes_per_s": state.rate_bytes_per_s,
+            "impact": state.impact,
+            "min_rate_bytes_per_s": state.min_rate_bytes_per_s,
+            "finish_by": None if state.finish_by_s is None else iso_utc(state.finish_by_s),
+            "allowed_bytes_per_s": live.allowed_bytes_per_s if live else None,
+        },
     }
 
 

@@ -33,7 +33,7 @@ TRANSITIONS: dict[str, tuple[str, ...]] = {
     "abort": (),
     "pause": (),
     "resume": (),
-    "throttle": ("rate_bytes_per_s", "impact"),
+    "throttle": ("rate_bytes_per_s", "impact", "min_rate_bytes_per_s", "finish_by_s"),
 }
 
 

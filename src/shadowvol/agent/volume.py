@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 
 import trio
@@ -20,8 +19,10 @@ import trio
 from shadowvol.agent.attachment import Attachment
 from shadowvol.agent.copier import Copier
 from shadowvol.agent.dataplane import DataPlane
+from shadowvol.agent.pacing import Pacer
 from shadowvol.agent.paths import Home
 from shadowvol.agent.progress import Progress
+from shadowvol.agent.status import iso_utc
 from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable
 from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.legs import LEG_NAMES, Phase
@@ -47,6 +48,7 @@ from shadowvol.core.steps import (
     Effect,
     SendTo,
 )
+from shadowvol.core.throttle import Pace
 
 TICK_S = 0.05
 LEAD_RETRY_S = 1.0  # between attempts to take the leadership while the coordinator cannot be reached
@@ -60,17 +62,20 @@ _logger = logging.getLogger("shadowvol.agent")
 class Volume:
     """Call run() in a task. `engine` is None while no leadership is held."""
 
-    def __init__(self, home: Home, coordinator: Coordinator, config: VolumeConfig, host: str) -> None:
+    def __init__(self, home: Home, coordinator: Coordinator, config: VolumeConfig, host: str, pacer: Pacer) -> None:
         self.name = config.name
         self.config = config
         self.host = host
         self.engine: LeaderEngine | None = None
         self.error: str | None = None  # why no leadership is held
         self.progress = Progress()
+        self.allowed = Pace(None)  # to its copy, by the throttle of this host
+        self.copies_ahead: list[str] = []  # whose copies it waits for
         self.changed = trio.Condition()
         self.longest = {"hold_longest_s": 0.0, "write_longest_s": 0.0, "read_longest_s": 0.0}  # since it is up here
         self._home = home
         self._coordinator = coordinator
+        self._pacer = pacer
         self._commands: dict[int, Callable[[int, str], None]] = {}
         self._command_number = 0
         self._last_request_s = -BUSY_S  # when the application was last seen at work
@@ -230,8 +235,7 @@ class Volume:
 
     def wall_clock(self, engine_s: float) -> str:
         """An engine's time as ISO 8601 in UTC, by the wall clock as it is now."""
-        moment = datetime.fromtimestamp(engine_s - trio.current_time() + time.time(), UTC)
-        return moment.isoformat(timespec="milliseconds")
+        return iso_utc(engine_s - trio.current_time() + time.time())
 
     def use_config(self, config: VolumeConfig) -> None:
         """After a retarget: the record has been changed by the caller."""
@@ -244,10 +248,20 @@ class Volume:
         for answered in commands.values():
             answered(code, text)
 
+    def pace(self, allowed: Pace, copies_ahead: list[str]) -> None:
+        """What the throttle of this host allows now."""
+        self.allowed, self.copies_ahead = allowed, copies_ahead
+        self._apply_wishes()
+
     def _apply_wishes(self) -> None:
         if self.engine is not None:
-            self.copier.throttle(self.engine.state.rate_bytes_per_s)
-            self.copier.pause(self.engine.state.paused)
+            self.copier.throttle(self._copy_rate(self.engine))
+            self.copier.pause(self.engine.state.paused or self.allowed.quiet)
+
+    def _copy_rate(self, engine: LeaderEngine) -> int | None:
+        """Bytes per second: the operator's limit and the throttle's, whichever is lower."""
+        limits = [rate for rate in (engine.state.rate_bytes_per_s, self.allowed.rate) if rate is not None]
+        return int(min(limits)) if limits else None
 
     # ------------------------------------------------------------ effects
 
@@ -359,6 +373,7 @@ class Volume:
             self.longest[name] = max(value, statistics.get(name) or 0.0)
         if any(statistics[name] for name in ("reads", "writes", "flushes")):
             self._last_request_s = trio.current_time()
+        self._pacer.heard(self, statistics["latencies"])
 
     def _member_said(self, message: Answer | Ask) -> None:
         if isinstance(message, Ask) and isinstance(message.want, LogZones | UnlogZones):
@@ -434,8 +449,8 @@ class Volume:
                     await self.copier.run(
                         legs,
                         verify=self.config.verify_copy,
-                        rate=engine.state.rate_bytes_per_s,
-                        paused=engine.state.paused,
+                        rate=self._copy_rate(engine),
+                        paused=engine.state.paused or self.allowed.quiet,
                     )
         finally:
             self._copier_scope = None

@@ -7,7 +7,8 @@ import click
 
 from shadowvol.agent.errors import BAD_INPUT, FAILED, TIMED_OUT, VerbError, check_name
 from shadowvol.cli.invocation import Invocation, pass_invocation
-from shadowvol.cli.units import DURATION, RATE
+from shadowvol.cli.units import DEADLINE, DURATION, RATE
+from shadowvol.core.throttle import IMPACTS
 
 WAIT_POLL_S = 0.2  # where no agent can tell at once
 WAIT_TURN_S = 2.0  # how long the agent keeps a status back while the phase is not reached
@@ -101,17 +102,30 @@ def retarget(invocation: Invocation, name: str, target: str, provision: bool, fo
 @click.command()
 @click.argument("name")
 @click.option("--rate", type=RATE, metavar="RATE", help="Copy at most so fast: 200MiB/s; none: no limit.")
-@click.option("--impact", type=click.Choice(["low", "normal", "max"]), help="How much copying may be felt.")
+@click.option("--impact", type=click.Choice(IMPACTS), help="How much copying may be felt.")
+@click.option("--min-rate", type=RATE, metavar="RATE", help="But not slower than this, whoever feels it; or none.")
+@click.option("--finish-by", type=DEADLINE, metavar="TIME", help="But be done by then: 2026-12-31T06:00, 8h, or none.")
 @pass_invocation
-def throttle(invocation: Invocation, name: str, rate: tuple[int | None] | None, impact: str | None) -> None:
+def throttle(
+    invocation: Invocation,
+    name: str,
+    rate: tuple[int | None] | None,
+    impact: str | None,
+    min_rate: tuple[int | None] | None,
+    finish_by: tuple[float | None] | None,
+) -> None:
     """Change how fast a volume is copied, at once."""
     options: dict[str, Any] = {}
     if rate is not None:
         options["rate_bytes_per_s"] = rate[0]
     if impact is not None:
         options["impact"] = impact
+    if min_rate is not None:
+        options["min_rate_bytes_per_s"] = min_rate[0]
+    if finish_by is not None:
+        options["finish_by_s"] = finish_by[0]
     if not options:
-        raise click.UsageError("give --rate or --impact")
+        raise click.UsageError("give --rate, --impact, --min-rate or --finish-by")
     _perform(invocation, "throttle", name, options)
 
 

@@ -2,12 +2,15 @@
 
 import math
 import re
+import time
+from datetime import datetime
 from fractions import Fraction
 
 import click
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40, "PIB": 1 << 50}
 RATE_BYTES_PER_S_MAX = 1 << 50
+DEADLINE_S_MAX = 10 * 365 * 86400.0
 _NUMBER = re.compile(r"(\d{1,20}(?:\.\d{1,12})?)\s*([A-Za-z]*)")
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
@@ -46,6 +49,25 @@ def parse_duration_s(text: str) -> float:
     if match is None or unit is None:
         raise ValueError(f"{text!r} is not a duration; write seconds, or 30s, 2min")
     return float(match.group(1)) * unit
+
+
+def parse_deadline_s(text: str, now_s: float) -> float | None:
+    """`8h` from now, or a time by the local clock or with its zone: `2026-12-31T06:00`; `none`: no deadline.
+
+    Seconds since 1970, as `now_s`. Raises ValueError, also for a time that is over.
+    """
+    if text.strip().lower() == "none":
+        return None
+    try:
+        deadline_s = now_s + parse_duration_s(text)
+    except ValueError:
+        try:
+            deadline_s = datetime.fromisoformat(text.strip()).timestamp()
+        except ValueError:
+            raise ValueError(f"{text!r} is not a time; write 8h, 2026-12-31T06:00, or none") from None
+    if not now_s < deadline_s <= now_s + DEADLINE_S_MAX:
+        raise ValueError(f"{text!r} is over already, or years away")
+    return deadline_s
 
 
 def format_bytes(size: float) -> str:
@@ -88,6 +110,18 @@ class RateType(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class DeadlineType(click.ParamType):
+    """Gives (seconds since 1970,), or (None,)."""
+
+    name = "time"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float | None]:
+        try:
+            return (parse_deadline_s(str(value), time.time()),)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 class DurationType(click.ParamType):
     name = "seconds"
 
@@ -98,4 +132,4 @@ class DurationType(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-SIZE, RATE, DURATION = SizeType(), RateType(), DurationType()
+SIZE, RATE, DURATION, DEADLINE = SizeType(), RateType(), DurationType(), DeadlineType()

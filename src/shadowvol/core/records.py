@@ -21,6 +21,7 @@ from typing import Any
 from shadowvol.core.geometry import Geometry, Run, runs_of
 from shadowvol.core.legs import SOURCE, Phase
 from shadowvol.core.regionmap import RegionMap
+from shadowvol.core.throttle import NORMAL
 from shadowvol.core.txn import Compare, Entry, Holds, Txn
 
 DATA_FORMAT = 1
@@ -76,7 +77,9 @@ class VolumeState:
     up: bool = False
     paused: bool = False
     rate_bytes_per_s: int | None = None
-    impact: str = "normal"
+    impact: str = NORMAL
+    min_rate_bytes_per_s: int | None = None
+    finish_by_s: float | None = None  # wall clock, seconds since 1970
     bytes_copied: int = 0
     bytes_recopied: int = 0
     last_error: str | None = None

@@ -138,6 +138,7 @@ def may_copy(leader: "LeaderEngine") -> bool:
     return (
         state.phase is Phase.COPYING
         and not state.paused
+        and leader.copy_turn
         and leader.copier_up
         and bool(leader.live)
         and not leader.sync_queued

@@ -1,8 +1,6 @@
 """What the data path has done, as plain numbers, and how long it took, as histograms: the same for both executors.
 
-A histogram has 8 buckets per power of two of nanoseconds: each is at most 12.5 % wide, 320 of them reach 18 minutes.
-A latency is counted in `bucket_of(ns)`; the C filter does the same arithmetic (nbd/filter/filter.c, `bucket_of`).
-Histograms only grow while the member lives, so what was done between two looks is their difference, and histograms of
+Histograms (core/latency.py) only grow while the member lives, so what was done between two looks is their difference, and histograms of
 several looks are merged by adding them.
 """
 
@@ -13,42 +11,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
 
+from shadowvol.core.latency import BUCKET_COUNT, bucket_of, percentile_s, to_sparse
+
 READS: Final = 0
 WRITES: Final = 1  # trims and zeroes included
 KINDS: Final = ("read", "write")
-BUCKET_COUNT: Final = 320
 RECENT_S: Final = 5.0  # rates and percentiles are of about the last 5 s
-
-_SUB_BITS = 3
-
-
-def bucket_of(ns: int) -> int:
-    """The bucket that counts a latency of `ns` nanoseconds."""
-    if ns < 1 << _SUB_BITS:
-        return max(ns, 0)
-    power = ns.bit_length() - 1 - _SUB_BITS
-    return min((power << _SUB_BITS) + (ns >> power), BUCKET_COUNT - 1)
-
-
-def bucket_end_ns(bucket: int) -> int:
-    """The first latency that is too long for the bucket."""
-    if bucket < 1 << _SUB_BITS:
-        return bucket + 1
-    power = (bucket >> _SUB_BITS) - 1
-    return (bucket - (power << _SUB_BITS) + 1) << power
-
-
-def percentile_s(buckets: list[int], fraction: float) -> float | None:
-    """The latency that `fraction` of what was counted did not exceed, from above by at most 12.5 %; None: nothing."""
-    total = sum(buckets)
-    if not total:
-        return None
-    wanted, seen = fraction * total, 0
-    for bucket, count in enumerate(buckets):
-        seen += count
-        if count and seen >= wanted:
-            return bucket_end_ns(bucket) / 1e9
-    return None
 
 
 def counts_below(pairs: Iterable[Sequence[int]], limits_ns: Sequence[int]) -> list[int]:
@@ -155,7 +123,7 @@ class Totals:
         return {
             name: {
                 "sum_s": self.took_ns[kind] / 1e9,
-                "buckets": [pair for pair in enumerate(self.buckets[kind]) if pair[1]],
+                "buckets": to_sparse(self.buckets[kind]),
             }
             for kind, name in enumerate(KINDS)
         }

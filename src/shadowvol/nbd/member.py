@@ -36,7 +36,7 @@ from shadowvol.nbd.gate import Gate
 from shadowvol.nbd.openlegs import LegRecord, OpenLegs
 
 TICK_S = 0.05
-STATS_S = 0.5
+STATS_S = 0.25
 LEG_RETRY_S = 3.0  # a dead leg is tried again this often
 TRACE_FRAMES = 20
 LEG_POLL_S = 0.25  # a leg to be let go is looked at this often until its last I/O has ended

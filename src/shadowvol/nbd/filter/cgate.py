@@ -11,13 +11,14 @@ from dataclasses import replace
 
 from shadowvol.core.geometry import Run, merge_runs
 from shadowvol.core.inflight import READ, WRITE, Ticket
+from shadowvol.core.latency import BUCKET_COUNT
 from shadowvol.core.legs import BOTH_OK
 from shadowvol.core.member import MemberEngine
 from shadowvol.core.messages import Freeze
 from shadowvol.core.route import SLOW
 from shadowvol.endpoints.base import Endpoint
 from shadowvol.endpoints.local import LocalEndpoint
-from shadowvol.nbd.counters import BUCKET_COUNT, READS, WRITES, Counters, Totals
+from shadowvol.nbd.counters import READS, WRITES, Counters, Totals
 from shadowvol.nbd.gate import NOT_BEGUN, Gate, NoExecutor
 
 INTERFACE = 2  # of filter.c; it has the same constant

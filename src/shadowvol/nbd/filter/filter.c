@@ -62,7 +62,7 @@
 #define OPS_MAX 1024                   /* a write waits for a free one, a read goes to the plugin */
 #define BOUNCE_BYTES (1 << 20)         /* larger O_DIRECT requests are done in pieces */
 #define DIRECT_ALIGN 4096              /* of memory, for O_DIRECT: no medium asks for more */
-#define SUB_BITS 3                     /* buckets of latencies: nbd/counters.py */
+#define SUB_BITS 3                     /* buckets of latencies: core/latency.py */
 #define BUCKET_COUNT 320
 
 /* The harness of the tests delays I/O, and leaves this rule out, by defining these. */

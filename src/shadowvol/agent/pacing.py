@@ -1,0 +1,104 @@
+"""Paces the copies of this host: feeds core/throttle.py with what members measure, and gives each copier its rate.
+
+One task over all volumes that are up here. At most COPIES_MAX of them copy at once, in the order in which they came to
+want it; who pauses, backs off or is done gives its place away.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from shadowvol.core.latency import from_sparse
+from shadowvol.core.legs import Phase
+from shadowvol.core.records import VolumeState
+from shadowvol.core.throttle import MAX, AdaptiveThrottle, Copying, Pace
+from shadowvol.nbd.counters import KINDS
+
+if TYPE_CHECKING:
+    from shadowvol.agent.volume import Volume
+    from shadowvol.core.leader import LeaderEngine
+
+PACE_S = 0.25
+COPIES_MAX = 2
+DEADLINE_MARGIN = 1.15  # a deadline's rate leaves time for quiet turns and the last flush
+
+
+class Pacer:
+    """`volumes`: the agent's own dict of those that are up. Call run() in a task."""
+
+    def __init__(self, volumes: "dict[str, Volume]") -> None:
+        self._volumes = volumes
+        self._throttle = AdaptiveThrottle()
+        self._places: list[str] = []  # who wants to copy, the first come first
+        self._copied: dict[str, int] = {}  # as last seen, of a volume's running copier
+        self._heard_s: dict[str, float] = {}  # when a member's last frame came
+        self._known: set[str] = set()
+
+    async def run(self) -> None:
+        while True:
+            await trio.sleep(PACE_S)
+            self.pace(trio.current_time(), time.time())
+
+    def heard(self, volume: "Volume", latencies: dict[str, Any]) -> None:
+        """What a member has counted since its last frame."""
+        now_s = trio.current_time()
+        from_s = self._heard_s.get(volume.name)
+        self._heard_s[volume.name] = now_s
+        if from_s is not None and volume.engine is not None:
+            reads, writes = (from_sparse(latencies[kind]) for kind in KINDS)
+            self._throttle.frame(volume.name, volume.engine.state.impact, from_s, now_s, reads, writes)
+
+    def pace(self, now_s: float, wall_s: float) -> None:
+        """Give each volume its turn and its pace."""
+        engines = {name: volume.engine for name, volume in self._volumes.items() if volume.engine is not None}
+        for name in self._known - set(self._volumes):
+            self._throttle.forget(name)
+            self._heard_s.pop(name, None)
+            self._copied.pop(name, None)
+        self._known = set(self._volumes)
+        wanting = {name for name, engine in engines.items() if _wants_to_copy(engine)}
+        self._places = [name for name in self._places if name in wanting]
+        self._places += sorted(wanting - set(self._places))
+        copying = self._places[:COPIES_MAX]
+        self._note_copied(copying)
+        orders = [_copying(name, engines[name], wall_s) for name in copying]
+        paces = self._throttle.plan(now_s, orders)
+        for name, engine in engines.items():
+            ahead = [] if name in copying or name not in wanting else copying
+            engine.copy_turn = not ahead
+            self._volumes[name].pace(paces.get(name, Pace(None)), ahead)
+
+    def _note_copied(self, copying: list[str]) -> None:
+        for name in copying:
+            volume = self._volumes[name]
+            before, now = self._copied.get(name, 0), volume.copier.bytes_read
+            self._copied[name] = now
+            if volume.engine is not None and volume.engine.state.impact != MAX:
+                self._throttle.copied(max(0, now - before))
+
+
+def _wants_to_copy(engine: "LeaderEngine") -> bool:
+    return (
+        engine.state.phase is Phase.COPYING
+        and not engine.state.paused
+        and bool(engine.live)
+        and engine.now_s >= engine.backoff.until_s
+        and engine.map.count_both() < len(engine.map)
+    )
+
+
+def _copying(name: str, engine: "LeaderEngine", wall_s: float) -> Copying:
+    state = engine.state
+    bytes_left = (len(engine.map) - engine.map.count_both()) * engine.geometry.region_bytes
+    needed = rate_needed(state, bytes_left, wall_s)
+    impact = MAX if needed is None else state.impact  # the deadline is over: as fast as it may
+    return Copying(name, impact, state.rate_bytes_per_s, max(state.min_rate_bytes_per_s or 0, needed or 0))
+
+
+def rate_needed(state: VolumeState, bytes_left: int, wall_s: float) -> float | None:
+    """Bytes per second with which the copy is done by its deadline; 0: it has none; None: that is over."""
+    if state.finish_by_s is None:
+        return 0.0
+    left_s = state.finish_by_s - wall_s
+    return None if left_s <= 0 else DEADLINE_MARGIN * bytes_left / left_s

@@ -1,0 +1,232 @@
+"""The adaptive throttle (DESIGN 7): how fast a host's copies may run so that its applications hardly feel them.
+
+Additive increase, multiplicative decrease (as TCP's congestion control, Jacobson 1988) of one budget for all copies of
+a host. The signal is a comparison, not a fixed limit, since nobody knows what is slow for this application on this
+storage: turns in which copies run are compared with *quiet* turns, short ones in which none does. So a load that
+changes, or writes that take longer because they are mirrored, are in both. Before copying begins all is quiet.
+
+A turn is over when its time is, or as soon as it shows that the application suffers. Judged is the 99th percentile of
+reads and of writes of each volume on the host that is not `max`: the worst ratio of copying to quiet, divided by what
+the volume's impact allows. Where no application is at work, copies run at full speed.
+
+Pure: time is an argument, what was measured comes in frames.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from shadowvol.core.geometry import MIB
+from shadowvol.core.latency import merged, percentile_s
+
+LOW: Final = "low"
+NORMAL: Final = "normal"
+MAX: Final = "max"
+IMPACTS: Final = (LOW, NORMAL, MAX)
+ALLOWED_RATIO: Final = {LOW: 1.15, NORMAL: 1.6}  # what is promised, 1.25 and 2, is overstepped to find it
+
+QUIET_TURN_S = 1.25
+COPY_TURN_S = 2.0
+QUIET_EVERY_S = 10.0  # copying loses an eighth of its time to being measured
+QUIET_AGAIN_S = 4.0  # but before a budget is cut twice, it is looked again whether the load has changed
+SETTLE_S = 0.25  # a turn's first frames still show what was in flight before it
+QUIET_KEPT = 3  # quiet turns that the comparison is with
+SAMPLES_MIN = 100  # requests of a kind in a turn; fewer have no 99th percentile
+
+RATE_FIRST = 16.0 * MIB  # bytes per second, when an application is met for the first time
+RATE_MIN = 4.0 * MIB  # of the budget, whatever the application feels: a migration ends
+RATE_STEP = 4.0 * MIB  # per turn; a tenth of the budget where that is more
+GROWTH_FIRST = 1.5  # per turn, until the first decrease
+DECREASE = 0.6
+UNUSED_FACTOR = 2.0  # the budget does not grow beyond so much of what is really copied
+BUSY_IOPS = 10.0  # an application that does less does not count as at work
+BUSY_KEPT_S = 2.0  # and it counts so long after it did
+SUFFERS = 4.0  # so many times what is allowed ends a turn at once
+
+
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """A volume that copies on this host, and what its operator wants. Rates are bytes per second."""
+
+    name: str
+    impact: str = NORMAL
+    rate_max: int | None = None  # --rate
+    rate_min: float = 0.0  # --min-rate, or what --finish-by needs
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a volume's copy may do now: `rate` None is full speed, `quiet` nothing at all."""
+
+    rate: float | None
+    quiet: bool = False
+
+
+@dataclass(slots=True)
+class _Measured:
+    """One volume's latencies in one turn: histograms of reads and of writes."""
+
+    reads: list[int]
+    writes: list[int]
+
+    @classmethod
+    def of(cls, parts: "Iterable[_Measured]") -> "_Measured":
+        parts = list(parts)
+        return cls(merged(part.reads for part in parts), merged(part.writes for part in parts))
+
+
+@dataclass(slots=True)
+class _Application:
+    """What is known of the application of one volume."""
+
+    impact: str = NORMAL
+    busy_s: float = float("-inf")  # when it was last seen at work
+    quiet: deque[_Measured] = field(default_factory=lambda: deque(maxlen=QUIET_KEPT))
+    turn: list[_Measured] = field(default_factory=list)
+
+    def end_quiet_turn(self) -> None:
+        if self.turn:
+            self.quiet.append(_Measured.of(self.turn))
+            self.turn = []
+
+    def ratio(self) -> float | None:
+        """99th percentile of this turn to that of the quiet ones, over what is allowed; None: too few requests."""
+        allowed = ALLOWED_RATIO.get(self.impact)
+        if allowed is None or not self.turn or not self.quiet:
+            return None
+        now, quiet = _Measured.of(self.turn), _Measured.of(self.quiet)
+        worst = None
+        for ours, theirs in ((now.reads, quiet.reads), (now.writes, quiet.writes)):
+            if min(sum(ours), sum(theirs)) < SAMPLES_MIN:
+                continue
+            p99, base = percentile_s(ours, 0.99), percentile_s(theirs, 0.99)
+            if p99 is not None and base:
+                worst = max(worst or 0.0, p99 / base / allowed)
+        return worst
+
+
+class AdaptiveThrottle:
+    """One host's. Call frame() for what was measured and plan() a few times a second; it tells each copy's pace."""
+
+    def __init__(self) -> None:
+        self.budget = RATE_FIRST  # bytes per second of all copies that are not `max` together
+        self._found = False  # the budget has met its limit once
+        self._applications: dict[str, _Application] = {}
+        self._copying: list[Copying] = []
+        self._turn_s = 0.0  # when this turn began
+        self._quiet = False  # this turn is
+        self._quiet_ended_s = 0.0
+        self._copied_in_turn = 0
+        self._was_busy = False
+
+    # ------------------------------------------------------------------ what was measured
+
+    def frame(self, name: str, impact: str, from_s: float, to_s: float, reads: list[int], writes: list[int]) -> None:
+        """Histograms of the requests to volume `name` that ended in [from_s, to_s)."""
+        known = self._applications.setdefault(name, _Application())
+        known.impact = impact
+        if sum(reads) + sum(writes) >= BUSY_IOPS * (to_s - from_s) > 0:
+            known.busy_s = to_s
+        measured = _Measured(reads, writes)
+        if not sum(reads) + sum(writes):
+            return
+        if not self._copying:
+            known.turn.append(measured)
+            if len(known.turn) * (to_s - from_s) >= QUIET_TURN_S:
+                known.end_quiet_turn()
+        elif from_s >= self._turn_s + SETTLE_S:
+            known.turn.append(measured)
+
+    def copied(self, byte_count: int) -> None:
+        """So much has been copied since the last call, by volumes that are not `max`."""
+        self._copied_in_turn += byte_count
+
+    def forget(self, name: str) -> None:
+        """The volume is not up any more."""
+        self._applications.pop(name, None)
+
+    # ------------------------------------------------------------------ what follows
+
+    def plan(self, now_s: float, copying: list[Copying]) -> dict[str, Pace]:
+        """The pace of each volume that copies."""
+        self._copying = copying
+        busy = bool(copying) and bool(self._busy(now_s))
+        if busy and not self._was_busy:
+            self._quiet_ended_s = now_s
+            self._begin(now_s, quiet=not self._has_baseline(now_s))
+        elif busy:
+            self._judge(now_s)
+        self._was_busy = busy
+        return self._paces(busy)
+
+    def _busy(self, now_s: float) -> list[_Application]:
+        """The applications at work that copying must spare."""
+        return [
+            known
+            for known in self._applications.values()
+            if known.impact in ALLOWED_RATIO and now_s - known.busy_s < BUSY_KEPT_S
+        ]
+
+    def _has_baseline(self, now_s: float) -> bool:
+        return all(known.quiet for known in self._busy(now_s))
+
+    def _begin(self, now_s: float, *, quiet: bool) -> None:
+        """A new turn."""
+        self._turn_s = now_s
+        self._quiet = quiet
+        self._copied_in_turn = 0
+        for known in self._applications.values():
+            known.turn = []
+
+    def _judge(self, now_s: float) -> None:
+        took_s = now_s - self._turn_s
+        if self._quiet:
+            if took_s >= QUIET_TURN_S:
+                for known in self._applications.values():
+                    known.end_quiet_turn()
+                self._quiet_ended_s = now_s
+                self._begin(now_s, quiet=False)
+            return
+        ratios = [ratio for known in self._busy(now_s) if (ratio := known.ratio()) is not None]
+        worst = max(ratios, default=None)
+        suffers = worst is not None and worst >= SUFFERS and self.budget > RATE_MIN
+        if took_s < COPY_TURN_S and not suffers:
+            return
+        if worst is not None:
+            self._adapt(worst, took_s)
+        again = worst is not None and worst > 1.0 and self.budget > RATE_MIN
+        due = now_s - self._quiet_ended_s >= (QUIET_AGAIN_S if again else QUIET_EVERY_S)
+        self._begin(now_s, quiet=due or not self._has_baseline(now_s))
+
+    def _adapt(self, worst: float, took_s: float) -> None:
+        if worst > 1.0:
+            self.budget = max(RATE_MIN, self.budget * DECREASE)
+            self._found = True
+        else:
+            used = self._copied_in_turn / took_s
+            grown = self.budget + max(RATE_STEP, self.budget / 10) if self._found else self.budget * GROWTH_FIRST
+            self.budget = max(self.budget, min(grown, UNUSED_FACTOR * used))
+
+    def _paces(self, busy: bool) -> dict[str, Pace]:
+        paces = {volume.name: Pace(volume.rate_max) for volume in self._copying}
+        if not busy:
+            return paces
+        spared = [volume for volume in self._copying if volume.impact in ALLOWED_RATIO]
+        for name, rate in share(self.budget, spared).items():
+            paces[name] = Pace(rate, quiet=self._quiet)
+        return paces
+
+
+def share(budget: float, volumes: list[Copying]) -> dict[str, float]:
+    """The budget in equal parts; what one cannot use (its rate_max) goes to the others, what one must have (its
+    rate_min, but never above its rate_max) it gets even beyond the budget. Bytes per second by name."""
+    floors = {volume.name: min(volume.rate_min, volume.rate_max or volume.rate_min) for volume in volumes}
+    shares: dict[str, float] = {}
+    left, open_ = budget, sorted(volumes, key=lambda volume: volume.rate_max or float("inf"))
+    while open_:
+        volume = open_.pop(0)
+        part = max(left, 0.0) / (len(open_) + 1)
+        shares[volume.name] = max(floors[volume.name], min(part, volume.rate_max or part))
+        left -= shares[volume.name]
+    return shares
