@@ -23,8 +23,8 @@ FIELDS = {
     "copy": "state reason rate_bytes_per_s eta_s bytes_copied bytes_recopied throttle",
     "copy.throttle": "rate_bytes_per_s impact min_rate_bytes_per_s finish_by allowed_bytes_per_s",
     "legs": "source target",
-    "legs.source": "uri health errors last_error since",
-    "legs.target": "uri health errors last_error since",
+    "legs.source": "uri cache health errors last_error since",
+    "legs.target": "uri cache health errors last_error since",
     "processes": "agent member transfer",
 }
 AGENT_VERBS = [

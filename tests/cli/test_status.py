@@ -83,8 +83,8 @@ def test_what_the_agent_knows_is_shown() -> None:
     )
     found = status_of(record(HALF, **COPYING, bytes_copied=6, last_switch_pause_ms=1.5), live)
     assert found["copy"]["state"] == "backoff" and found["copy"]["bytes_copied"] == 6 and found["copy"]["eta_s"] == 7
-    expected = {"uri": "/b", "health": "failed", "errors": 3, "last_error": "EIO", "since": "2024-01-01T00:00:00Z"}
-    assert found["legs"]["target"] == expected
+    leg = {"uri": "/b", "cache": "host", "health": "failed", "errors": 3, "last_error": "EIO"}
+    assert found["legs"]["target"] == {**leg, "since": "2024-01-01T00:00:00Z"}
     assert found["endpoint"] == {"nbd_uri": "nbd+unix:///v?socket=s", "device": None}
     assert found["processes"] == {"agent": 1, "member": 2, "transfer": 3}
     reach = {"source": "reachable", "target": "unreachable"}

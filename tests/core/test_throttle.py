@@ -103,6 +103,17 @@ def test_a_load_that_changes_is_compared_with_itself() -> None:
     assert host.throttle.budget > 100 * MIB
 
 
+def test_what_others_do_to_the_application_is_not_put_down_to_the_copy() -> None:
+    """Latencies that swing by themselves, for some seconds at a time."""
+    host = Host(LOW, lambda rate: 1.0)
+    chance = random.Random(3)
+    for second in range(200):
+        factor = chance.choice([1.0, 1.3, 1.7, 2.5])
+        host.slow = lambda rate, factor=factor: factor
+        host.run(1, copying=second > 3)
+    assert host.copied / host.now_s > 40 * MIB
+
+
 def test_idle_is_full_speed_and_an_application_that_comes_back_finds_the_old_budget() -> None:
     host = Host(NORMAL, linear(50 * MIB))
     host.run(3, copying=False)

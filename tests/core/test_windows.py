@@ -4,7 +4,7 @@ from shadowvol.core.geometry import MIB
 from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.records import LegRecord, VolumeConfig, VolumeRecord, VolumeState
 from shadowvol.core.regionmap import RegionMap
-from shadowvol.core.windows import COPY_LONG_S, COPY_SHORT_S, Limits, fit_next_window
+from shadowvol.core.windows import COPY_LONG_S, COPY_SHORT_S, Limits, fit_next_window, next_window_bytes
 
 LIMITS = Limits()
 
@@ -31,3 +31,13 @@ def test_windows_shrink_to_the_first_size_where_the_copy_is_slow_or_throttled() 
     for _ in range(4):
         fit_next_window(engine, COPY_LONG_S * 2)
     assert engine.window_bytes == LIMITS.window_bytes
+
+
+def test_windows_are_small_where_the_copy_is_held_back() -> None:
+    """Of about a second, so that few of the application's writes meet an open one."""
+    engine = leader()
+    sizes = {}
+    for rate in (MIB, 10 * MIB, 400 * MIB, None):
+        engine.copy_rate = rate
+        sizes[rate] = next_window_bytes(engine) // MIB
+    assert sizes == {MIB: 4, 10 * MIB: 10, 400 * MIB: 64, None: 64}

@@ -150,7 +150,7 @@ def test_down_and_up_keep_everything(volume: Volume) -> None:
         after = volume.status()
         for field in ("phase", "preferred", "regions_both_ok", "paused"):
             assert after[field] == before[field], field
-        assert after["copy"]["throttle"] == {"rate_bytes_per_s": 2 * MIB, "impact": "low"}
+        assert after["copy"]["throttle"].items() >= {"rate_bytes_per_s": 2 * MIB, "impact": "low"}.items()
         assert after["copy"]["state"] == "paused"
     volume.run("throttle", "--rate", "none")
     volume.run("resume")

@@ -38,7 +38,7 @@ class Pacer:
     async def run(self) -> None:
         while True:
             await trio.sleep(PACE_S)
-            self.pace(trio.current_time(), time.time())
+            self.pace()
 
     def heard(self, volume: "Volume", latencies: dict[str, Any]) -> None:
         """What a member has counted since its last frame."""
@@ -49,8 +49,9 @@ class Pacer:
             reads, writes = (from_sparse(latencies[kind]) for kind in KINDS)
             self._throttle.frame(volume.name, volume.engine.state.impact, from_s, now_s, reads, writes)
 
-    def pace(self, now_s: float, wall_s: float) -> None:
+    def pace(self) -> None:
         """Give each volume its turn and its pace."""
+        now_s, wall_s = trio.current_time(), time.time()
         engines = {name: volume.engine for name, volume in self._volumes.items() if volume.engine is not None}
         for name in self._known - set(self._volumes):
             self._throttle.forget(name)

@@ -160,6 +160,7 @@ def _leg(record: VolumeRecord, live: LiveStatus | None, leg: int) -> dict[str, A
     seen = live.legs[leg] if live is not None else None
     return {
         "uri": record.config.leg(leg).uri,
+        "cache": record.config.leg(leg).cache,
         "health": "released" if released else seen.health if seen else None,
         "errors": seen.errors if seen else None,
         "last_error": seen.last_error if seen else None,

@@ -151,6 +151,7 @@ async def _retarget(agent: "Agent", name: str, options: dict[str, Any]) -> Outco
         options["target"],
         force=bool(options.get("force")),
         provision=bool(options.get("provision")),
+        target_cache=options.get("target_cache", "host"),
     )
     volume = agent.volumes.get(name)
     if volume is not None:

@@ -145,6 +145,7 @@ class Volume:
             self.config = record.config
             self._deposed = trio.Event()
             engine = LeaderEngine(record, self.host)
+            engine.copy_turn = False  # until the pacer says so
             self.engine = engine
             self.progress.reset()
             _logger.info("%s: leading, epoch %d, phase %s", self.name, engine.epoch, engine.phase)
@@ -210,7 +211,7 @@ class Volume:
         self.engine.command(number, verb, options, trio.current_time())
         self._pump()
         await done.wait()
-        self._apply_wishes()
+        self._pacer.pace()
         return outcome[0]
 
     async def wait_serving(self, limit_s: float) -> bool:
@@ -255,7 +256,8 @@ class Volume:
 
     def _apply_wishes(self) -> None:
         if self.engine is not None:
-            self.copier.throttle(self._copy_rate(self.engine))
+            self.engine.copy_rate = self._copy_rate(self.engine)
+            self.copier.throttle(self.engine.copy_rate)
             self.copier.pause(self.engine.state.paused or self.allowed.quiet)
 
     def _copy_rate(self, engine: LeaderEngine) -> int | None:

@@ -71,6 +71,8 @@ async def create_volume(
     kind: str = "block",
     region_size: int | None = None,
     provision: bool = False,
+    source_cache: str = "host",
+    target_cache: str = "host",
     verify_copy: bool = False,
     force: bool = False,
     directory: str | None = None,
@@ -105,8 +107,8 @@ async def create_volume(
             kind,
             facts.size_bytes,
             region_bytes,
-            _record(facts),
-            _record(target_facts),
+            _record(facts, source_cache),
+            _record(target_facts, target_cache),
             geometry.block_bytes,
             geometry.zone_bytes,
             verify_copy,
@@ -124,6 +126,7 @@ async def retarget_volume(
     target: str,
     *,
     provision: bool = False,
+    target_cache: str = "host",
     force: bool = False,
     directory: str | None = None,
 ) -> VolumeConfig:
@@ -146,7 +149,7 @@ async def retarget_volume(
             undo.enter_context(await _in_thread(partial(_Claim, "target", facts.path)))
         entries = await _read(coordinator, VOLUMES)
         await _in_thread(partial(_check_other_volumes, entries, {"target": facts}, name))
-        changed = replace(config, target=_record(facts))
+        changed = replace(config, target=_record(facts, target_cache))
         keys = Keys(name)
         compares = (
             Compare(keys.config, Holds.VALUE, encode_config(config)),
@@ -375,8 +378,8 @@ def _is_same_leg(facts: LegFacts, recorded: LegRecord) -> bool:
         return False
 
 
-def _record(facts: LegFacts) -> LegRecord:
-    return LegRecord(facts.path, facts.identity, facts.size_bytes, "host")
+def _record(facts: LegFacts, cache: str) -> LegRecord:
+    return LegRecord(facts.path, facts.identity, facts.size_bytes, cache)
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

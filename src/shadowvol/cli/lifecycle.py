@@ -12,7 +12,7 @@ from shadowvol.agent.errors import BAD_INPUT, FAILED, REFUSED, VerbError
 from shadowvol.agent.metrics.address import MetricsAddress, chosen_metrics_address
 from shadowvol.agent.paths import SettingsError
 from shadowvol.cli.invocation import Invocation, pass_invocation
-from shadowvol.cli.units import DURATION, SIZE, format_bytes
+from shadowvol.cli.units import CACHE, DURATION, SIZE, format_bytes
 
 
 @click.command()
@@ -22,6 +22,8 @@ from shadowvol.cli.units import DURATION, SIZE, format_bytes
 @click.option("--kind", type=click.Choice(["block", "tree"]), default="block", show_default=True)
 @click.option("--region-size", type=SIZE, metavar="SIZE", help="Unit of the map; a power of two.  [default: 1MiB]")
 @click.option("--provision", is_flag=True, help="Make the target: a sparse file of the source's size.")
+@click.option("--source-cache", type=CACHE, default="host", help="host: through the page cache; none: O_DIRECT.")
+@click.option("--target-cache", type=CACHE, default="host", help="The same for the target.")
 @click.option("--verify-copy", is_flag=True, help="Read back and compare what was copied.")
 @click.option("--leg-timeout", type=DURATION, metavar="TIME", help="For legs on a network; files and disks have none.")
 @click.option("--force", is_flag=True, help="Take a target that carries a file system, LVM or RAID signature.")
@@ -34,6 +36,8 @@ def create(
     kind: str,
     region_size: int | None,
     provision: bool,
+    source_cache: str,
+    target_cache: str,
     verify_copy: bool,
     leg_timeout: float | None,
     force: bool,
@@ -51,6 +55,8 @@ def create(
         kind=kind,
         region_size=region_size,
         provision=provision,
+        source_cache=source_cache,
+        target_cache=target_cache,
         verify_copy=verify_copy,
         force=force,
     )

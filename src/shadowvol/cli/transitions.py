@@ -7,7 +7,7 @@ import click
 
 from shadowvol.agent.errors import BAD_INPUT, FAILED, TIMED_OUT, VerbError, check_name
 from shadowvol.cli.invocation import Invocation, pass_invocation
-from shadowvol.cli.units import DEADLINE, DURATION, RATE
+from shadowvol.cli.units import CACHE, DEADLINE, DURATION, RATE
 from shadowvol.core.throttle import IMPACTS
 
 WAIT_POLL_S = 0.2  # where no agent can tell at once
@@ -85,9 +85,12 @@ def abort(invocation: Invocation, name: str) -> None:
 @click.argument("name")
 @click.option("--target", required=True, metavar="LEG", help="The new target.")
 @click.option("--provision", is_flag=True, help="Make it: a sparse file of the volume's size.")
+@click.option("--target-cache", type=CACHE, default="host", help="host: through the page cache; none: O_DIRECT.")
 @click.option("--force", is_flag=True, help="Take one that carries a file system, LVM or RAID signature.")
 @pass_invocation
-def retarget(invocation: Invocation, name: str, target: str, provision: bool, force: bool) -> None:
+def retarget(
+    invocation: Invocation, name: str, target: str, provision: bool, target_cache: str, force: bool
+) -> None:
     """Give a volume in phase setup another target."""
     from shadowvol.endpoints.identity import LegRefused, LegSpec
 
@@ -96,7 +99,8 @@ def retarget(invocation: Invocation, name: str, target: str, provision: bool, fo
         path = LegSpec.parse(target).path  # here, where relative paths mean what the operator means
     except LegRefused as error:
         raise VerbError(BAD_INPUT, f"target {error}") from None
-    _perform(invocation, "retarget", name, {"target": path, "force": force, "provision": provision})
+    options = {"target": path, "force": force, "provision": provision, "target_cache": target_cache}
+    _perform(invocation, "retarget", name, options)
 
 
 @click.command()

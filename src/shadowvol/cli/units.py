@@ -133,3 +133,4 @@ class DurationType(click.ParamType):
 
 
 SIZE, RATE, DURATION, DEADLINE = SizeType(), RateType(), DurationType(), DeadlineType()
+CACHE = click.Choice(["host", "none"])

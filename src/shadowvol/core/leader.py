@@ -77,6 +77,7 @@ class LeaderEngine(Kernel):
         self.cursor = 0
         self.backoff = windows.Backoff()
         self.application_busy = False  # told by the shell: requests came in lately
+        self.copy_rate: int | None = None  # told by the shell: bytes per second that the copier may do; None: no limit
         self.copy_turn = True  # told by the shell: False while others on this host copy first
         self.flush_delay = windows.FlushDelay(self.limits.flush_delay_s)
         self.copier_session = 0

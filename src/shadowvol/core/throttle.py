@@ -31,14 +31,14 @@ COPY_TURN_S = 2.0
 QUIET_EVERY_S = 10.0  # copying loses an eighth of its time to being measured
 QUIET_AGAIN_S = 4.0  # but before a budget is cut twice, it is looked again whether the load has changed
 SETTLE_S = 0.25  # a turn's first frames still show what was in flight before it
-QUIET_KEPT = 3  # quiet turns that the comparison is with
+QUIET_KEPT = 4  # quiet turns that the comparison is with
 SAMPLES_MIN = 100  # requests of a kind in a turn; fewer have no 99th percentile
 
 RATE_FIRST = 16.0 * MIB  # bytes per second, when an application is met for the first time
 RATE_MIN = 4.0 * MIB  # of the budget, whatever the application feels: a migration ends
 RATE_STEP = 4.0 * MIB  # per turn; a tenth of the budget where that is more
 GROWTH_FIRST = 1.5  # per turn, until the first decrease
-DECREASE = 0.6
+DECREASE_MOST = 0.5  # at once; less where the limit was overstepped by less
 UNUSED_FACTOR = 2.0  # the budget does not grow beyond so much of what is really copied
 BUSY_IOPS = 10.0  # an application that does less does not count as at work
 BUSY_KEPT_S = 2.0  # and it counts so long after it did
@@ -91,19 +91,32 @@ class _Application:
             self.turn = []
 
     def ratio(self) -> float | None:
-        """99th percentile of this turn to that of the quiet ones, over what is allowed; None: too few requests."""
+        """99th percentile of this turn to what is allowed after the quiet ones; None: too few requests."""
         allowed = ALLOWED_RATIO.get(self.impact)
         if allowed is None or not self.turn or not self.quiet:
             return None
-        now, quiet = _Measured.of(self.turn), _Measured.of(self.quiet)
-        worst = None
-        for ours, theirs in ((now.reads, quiet.reads), (now.writes, quiet.writes)):
-            if min(sum(ours), sum(theirs)) < SAMPLES_MIN:
-                continue
-            p99, base = percentile_s(ours, 0.99), percentile_s(theirs, 0.99)
-            if p99 is not None and base:
-                worst = max(worst or 0.0, p99 / base / allowed)
-        return worst
+        now = _Measured.of(self.turn)
+        ratios = [
+            _ratio(ours, quiet, allowed)
+            for ours, quiet in (
+                (now.reads, [turn.reads for turn in self.quiet]),
+                (now.writes, [turn.writes for turn in self.quiet]),
+            )
+        ]
+        return max((ratio for ratio in ratios if ratio is not None), default=None)
+
+
+def _ratio(ours: list[int], quiet: list[list[int]], allowed: float) -> float | None:
+    """Allowed is a multiple of what all quiet turns together show, and what the worst of them showed: where others
+    disturb the application as well, that is not put down to the copy."""
+    theirs = merged(quiet)
+    if min(sum(ours), sum(theirs)) < SAMPLES_MIN:
+        return None
+    p99, base = percentile_s(ours, 0.99), percentile_s(theirs, 0.99)
+    worst_quiet = max(percentile_s(turn, 0.99) or 0.0 for turn in quiet)
+    if p99 is None or not base:
+        return None
+    return p99 / max(allowed * base, worst_quiet)
 
 
 class AdaptiveThrottle:
@@ -201,7 +214,7 @@ class AdaptiveThrottle:
 
     def _adapt(self, worst: float, took_s: float) -> None:
         if worst > 1.0:
-            self.budget = max(RATE_MIN, self.budget * DECREASE)
+            self.budget = max(RATE_MIN, self.budget * max(DECREASE_MOST, 1 / worst))
             self._found = True
         else:
             used = self._copied_in_turn / took_s

@@ -36,6 +36,7 @@ class Limits:
     window_bytes: int = 64 * MIB  # data to copy per window, at first and where the copy is slow
     window_bytes_max: int = 256 * MIB  # where it is fast: each window costs two records and a flush
     window_regions: int = 65536  # regions per window where most is holes: one chunk of the map
+    window_bytes_paced: int = 4 * MIB  # where the copy is held back: so much at least
     windows_copying: int = 4  # at once, so that holds and messages of one overlap the copying of others
     windows_open: int = 64  # with those that wait for the flush that serves them together
     flush_delay_s: float = 10.0  # a window waits no longer for that flush, while the application is idle
@@ -45,6 +46,8 @@ class Limits:
 
 TOUCHED_ROUNDS_MAX = 3  # rounds without a hold before CLOSE
 PARTS_RETRIED_MAX = 8  # broken holds per window before it gives up
+PACED_S = 1.0  # of copying per window where it is held back: writes to an open window take the slow path
+WINDOWS_PACED = 2  # are enough then: one is copied, the other opens or closes
 COPY_SHORT_S, COPY_LONG_S = 1.0, 4.0  # a window copied sooner than this doubles the next one, later halves it
 BACKOFF_FIRST_S = 0.25
 BACKOFF_LAST_S = 30.0
@@ -177,8 +180,21 @@ def _next_span(leader: "LeaderEngine") -> tuple[int, int, int] | None:
 
 def may_open(leader: "LeaderEngine") -> bool:
     copying = sum(window.flush_wanted_s is None for window in leader.windows.values())
-    room = copying < leader.limits.windows_copying and len(leader.windows) < leader.limits.windows_open
+    at_once = min(leader.limits.windows_copying, WINDOWS_PACED) if _is_paced(leader) else leader.limits.windows_copying
+    room = copying < at_once and len(leader.windows) < leader.limits.windows_open
     return room and may_copy(leader) and _next_span(leader) is not None
+
+
+def _is_paced(leader: "LeaderEngine") -> bool:
+    """The copy is held back so much that a window of the usual size would be open for long."""
+    return leader.copy_rate is not None and leader.copy_rate * PACED_S < leader.limits.window_bytes
+
+
+def next_window_bytes(leader: "LeaderEngine") -> int:
+    """Data to copy in the next window."""
+    if leader.copy_rate is None or not _is_paced(leader):
+        return leader.window_bytes
+    return min(leader.window_bytes, max(leader.limits.window_bytes_paced, int(leader.copy_rate * PACED_S)))
 
 
 def picker(leader: "LeaderEngine") -> Steps:
@@ -190,7 +206,7 @@ def picker(leader: "LeaderEngine") -> Steps:
         lo, hi, value = span
         from_leg = SOURCE if value == S_OK else TARGET
         start, end = leader.geometry.region_extent(lo, hi)
-        stop = yield Probe(from_leg, start, end, leader.window_bytes)
+        stop = yield Probe(from_leg, start, end, next_window_bytes(leader))
         if stop is None and not leader.copier_up:
             continue
         if stop is None:
