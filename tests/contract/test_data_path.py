@@ -18,8 +18,8 @@ import nbd
 import pytest
 
 from shadowvol.core.geometry import KIB, MIB, Run
+from shadowvol.core.latency import bucket_end_ns
 from shadowvol.core.messages import Close, Fault, Freeze, LogZones, Open, SetState, Thaw, Touched
-from shadowvol.nbd.counters import bucket_end_ns
 from shadowvol.nbd.filter.usable import SWITCH
 from tests.support.filter_build import build_disturbed_filter, build_filter
 from tests.support.nbd_member import Client, NbdMember, leg_record, nbd_member, sparse_file

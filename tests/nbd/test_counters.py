@@ -5,17 +5,8 @@ from typing import Any
 
 import pytest
 
-from shadowvol.nbd.counters import (
-    BUCKET_COUNT,
-    RECENT_S,
-    Counters,
-    Recent,
-    Totals,
-    bucket_end_ns,
-    bucket_of,
-    counts_below,
-    percentile_s,
-)
+from shadowvol.core.latency import BUCKET_COUNT, bucket_end_ns, bucket_of, percentile_s
+from shadowvol.nbd.counters import RECENT_S, Counters, Recent, Totals, counts_below
 
 ERROR_MAX = 0.125  # of a percentile, as documented
 LIMIT_NS = bucket_end_ns(BUCKET_COUNT - 2)  # what is longer is all in the last bucket

@@ -5,11 +5,12 @@ want it; who pauses, backs off or is done gives its place away.
 """
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from shadowvol.core.latency import from_sparse
+from shadowvol.core.latency import between, from_sparse
 from shadowvol.core.legs import Phase
 from shadowvol.core.records import VolumeState
 from shadowvol.core.throttle import MAX, AdaptiveThrottle, Copying, Pace
@@ -24,6 +25,16 @@ COPIES_MAX = 2
 DEADLINE_MARGIN = 1.15  # a deadline's rate leaves time for quiet turns and the last flush
 
 
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """When a frame came, and the histograms that were in it: since the member's start."""
+
+    at_s: float
+    incarnation: int
+    reads: list[int]
+    writes: list[int]
+
+
 class Pacer:
     """`volumes`: the agent's own dict of those that are up. Call run() in a task."""
 
@@ -32,7 +43,7 @@ class Pacer:
         self._throttle = AdaptiveThrottle()
         self._places: list[str] = []  # who wants to copy, the first come first
         self._copied: dict[str, int] = {}  # as last seen, of a volume's running copier
-        self._heard_s: dict[str, float] = {}  # when a member's last frame came
+        self._heard: dict[str, _Heard] = {}  # a member's last frame
         self._known: set[str] = set()
 
     async def run(self) -> None:
@@ -40,14 +51,15 @@ class Pacer:
             await trio.sleep(PACE_S)
             self.pace()
 
-    def heard(self, volume: "Volume", latencies: dict[str, Any]) -> None:
-        """What a member has counted since its last frame."""
-        now_s = trio.current_time()
-        from_s = self._heard_s.get(volume.name)
-        self._heard_s[volume.name] = now_s
-        if from_s is not None and volume.engine is not None:
-            reads, writes = (from_sparse(latencies[kind]) for kind in KINDS)
-            self._throttle.frame(volume.name, volume.engine.state.impact, from_s, now_s, reads, writes)
+    def heard(self, volume: "Volume", statistics: dict[str, Any]) -> None:
+        """A member's Stats frame has come."""
+        reads, writes = (from_sparse(statistics["latencies"][kind]["buckets"]) for kind in KINDS)
+        now = _Heard(trio.current_time(), statistics["incarnation"], reads, writes)
+        before = self._heard.get(volume.name)
+        self._heard[volume.name] = now
+        if before is not None and before.incarnation == now.incarnation and volume.engine is not None:
+            counted = between(before.reads, reads), between(before.writes, writes)
+            self._throttle.frame(volume.name, volume.engine.state.impact, before.at_s, now.at_s, *counted)
 
     def pace(self) -> None:
         """Give each volume its turn and its pace."""
@@ -55,7 +67,7 @@ class Pacer:
         engines = {name: volume.engine for name, volume in self._volumes.items() if volume.engine is not None}
         for name in self._known - set(self._volumes):
             self._throttle.forget(name)
-            self._heard_s.pop(name, None)
+            self._heard.pop(name, None)
             self._copied.pop(name, None)
         self._known = set(self._volumes)
         wanting = {name for name, engine in engines.items() if _wants_to_copy(engine)}

@@ -375,7 +375,7 @@ class Volume:
             self.longest[name] = max(value, statistics.get(name) or 0.0)
         if any(statistics[name] for name in ("reads", "writes", "flushes")):
             self._last_request_s = trio.current_time()
-        self._pacer.heard(self, statistics["latencies"])
+        self._pacer.heard(self, statistics)
 
     def _member_said(self, message: Answer | Ask) -> None:
         if isinstance(message, Ask) and isinstance(message.want, LogZones | UnlogZones):

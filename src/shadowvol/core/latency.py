@@ -41,6 +41,11 @@ def percentile_s(buckets: list[int], fraction: float) -> float | None:
     return None
 
 
+def between(before: list[int], after: list[int]) -> list[int]:
+    """What was counted from one look at a histogram to the next."""
+    return [new - old for new, old in zip(after, before, strict=True)]
+
+
 def merged(histograms: Iterable[list[int]]) -> list[int]:
     """All of them as one."""
     total = [0] * BUCKET_COUNT
@@ -49,9 +54,9 @@ def merged(histograms: Iterable[list[int]]) -> list[int]:
     return total
 
 
-def to_sparse(buckets: list[int]) -> list[list[int]]:
-    """[bucket, count] of those that count something: as it is sent."""
-    return [[bucket, count] for bucket, count in enumerate(buckets) if count]
+def to_sparse(buckets: list[int]) -> list[tuple[int, int]]:
+    """(bucket, count) of those that count something: as it is sent."""
+    return [pair for pair in enumerate(buckets) if pair[1]]
 
 
 def from_sparse(pairs: Iterable[Iterable[int]]) -> list[int]:

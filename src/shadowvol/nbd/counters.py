@@ -1,7 +1,6 @@
 """What the data path has done, as plain numbers, and how long it took, as histograms: the same for both executors.
 
-Histograms (core/latency.py) only grow while the member lives, so what was done between two looks is their difference, and histograms of
-several looks are merged by adding them.
+Histograms (core/latency.py) only grow while the member lives, so what was done between two looks is their difference.
 """
 
 from bisect import bisect_right
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
 
-from shadowvol.core.latency import BUCKET_COUNT, bucket_of, percentile_s, to_sparse
+from shadowvol.core.latency import BUCKET_COUNT, between, bucket_of, percentile_s, to_sparse
 
 READS: Final = 0
 WRITES: Final = 1  # trims and zeroes included
@@ -147,7 +146,7 @@ class Recent:
         span_s = now_s - since_s
         recent: dict[str, Any] = {"interval_s": span_s}
         for kind, name in enumerate(KINDS):
-            deltas = [new - old for new, old in zip(totals.buckets[kind], before.buckets[kind], strict=True)]
+            deltas = between(before.buckets[kind], totals.buckets[kind])
             counts = getattr(totals, name + "s") - getattr(before, name + "s")
             moved = getattr(totals, name + "_bytes") - getattr(before, name + "_bytes")
             recent[name] = {
