@@ -122,11 +122,15 @@ def test_over_a_whole_migration(port: int, product: Product, legs: Path, tmp_pat
     for earlier, later in pairwise(seen):
         for key, found in counters(earlier).items():
             assert counters(later).get(key, found) >= found, key
-    io = volume.status()["io"]
     for operation in ("read", "write"):
-        last = wait_for(lambda: scrape(port), 10, "a last scrape")
         labels = {"volume": "v", "operation": operation}
-        assert value(last, "operations_total", **labels) == io[f"{operation}s"] > 1000
+
+        def is_last(operation: str = operation, labels: dict[str, str] = labels) -> bool:
+            return value(scrape(port), "operations_total", **labels) == volume.status()["io"][f"{operation}s"]
+
+        wait_for(is_last, 10, "both show the last statistics")
+        io, last = volume.status()["io"], scrape(port)
+        assert (value(last, "operations_total", **labels) or 0) > 1000
         assert value(last, "latency_seconds_count", **labels) == io[f"{operation}s"]
         assert (value(last, "latency_seconds_sum", **labels) or 0) > 0
         assert value(last, "transferred_bytes_total", **labels) == io[f"{operation}s"] * 4 * KIB

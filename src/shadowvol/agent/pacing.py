@@ -5,7 +5,7 @@ want it; who pauses, backs off or is done gives its place away.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -53,13 +53,16 @@ class Pacer:
 
     def heard(self, volume: "Volume", statistics: dict[str, Any]) -> None:
         """A member's Stats frame has come."""
+        last = self._heard.get(volume.name)
+        if last is not None and last.incarnation == statistics["incarnation"] and not _counted(statistics):
+            self._heard[volume.name] = replace(last, at_s=trio.current_time())
+            return
         reads, writes = (from_sparse(statistics["latencies"][kind]["buckets"]) for kind in KINDS)
         now = _Heard(trio.current_time(), statistics["incarnation"], reads, writes)
-        before = self._heard.get(volume.name)
         self._heard[volume.name] = now
-        if before is not None and before.incarnation == now.incarnation and volume.engine is not None:
-            counted = between(before.reads, reads), between(before.writes, writes)
-            self._throttle.frame(volume.name, volume.engine.state.impact, before.at_s, now.at_s, *counted)
+        if last is not None and last.incarnation == now.incarnation and volume.engine is not None:
+            counted = between(last.reads, reads), between(last.writes, writes)
+            self._throttle.frame(volume.name, volume.engine.state.impact, last.at_s, now.at_s, *counted)
 
     def pace(self) -> None:
         """Give each volume its turn and its pace."""
@@ -89,6 +92,10 @@ class Pacer:
             self._copied[name] = now
             if volume.engine is not None and volume.engine.state.impact != MAX:
                 self._throttle.copied(max(0, now - before))
+
+
+def _counted(statistics: dict[str, Any]) -> bool:
+    return bool(statistics["reads"] or statistics["writes"])
 
 
 def _wants_to_copy(engine: "LeaderEngine") -> bool:

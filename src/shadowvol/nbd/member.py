@@ -36,7 +36,8 @@ from shadowvol.nbd.gate import Gate
 from shadowvol.nbd.openlegs import LegRecord, OpenLegs
 
 TICK_S = 0.05
-STATS_S = 0.25
+STATS_S = 0.25  # between two statistics frames
+STATS_IDLE_S = 1.0  # and while nothing is done
 LEG_RETRY_S = 3.0  # a dead leg is tried again this often
 TRACE_FRAMES = 20
 LEG_POLL_S = 0.25  # a leg to be let go is looked at this often until its last I/O has ended
@@ -108,7 +109,7 @@ class Member:
         self._clients = 0
         self._going_down = False
         self._clock_skip_s = 0.0
-        self._stats_at_s = 0.0
+        self._stats_at_s = self._stats_sent_s = 0.0
         self._recent = Recent()
         self._numbers_sent: dict[str, int] = self._totals().numbers()
 
@@ -215,9 +216,12 @@ class Member:
             self._tick_engine(self._now_s())
             self.data.perform()
             self.data.changed.notify_all()
-        if time.monotonic() >= self._stats_at_s:
-            self._stats_at_s = time.monotonic() + STATS_S
-            self._send_stats()
+        now_s = time.monotonic()
+        if now_s >= self._stats_at_s:
+            self._stats_at_s = now_s + STATS_S
+            if self._has_worked() or now_s >= self._stats_sent_s + STATS_IDLE_S:
+                self._stats_sent_s = now_s
+                self._send_stats()
 
     def _tick_engine(self, now_s: float) -> None:
         """With the lock. A zone leaves the log only when the executor has let go of it: nbd/gate.py, 4."""
@@ -243,6 +247,11 @@ class Member:
         message = self.statistics()
         if self._link.post_if_read(message):
             self._numbers_sent = message["totals"]
+
+    def _has_worked(self) -> bool:
+        """Since the last frame, or is at work."""
+        with self.data.lock:
+            return self._totals().numbers() != self._numbers_sent or self.gate.in_flight() > 0
 
     def _totals(self) -> Totals:
         return self.gate.totals(self.data.counters)

@@ -111,6 +111,9 @@ def _add_copy(families: _Families, status: dict[str, Any]) -> None:
     families.gauge("windows_open", "Windows of the copy that are open.", status["io"]["windows_open"], volume=name)
     limit = math.inf if throttle["rate_bytes_per_s"] is None else throttle["rate_bytes_per_s"]
     families.gauge("throttle_rate_bytes_per_second", "Limit of copying; +Inf: none.", limit, volume=name)
+    allowed = math.inf if throttle["allowed_bytes_per_s"] is None else throttle["allowed_bytes_per_s"]
+    text = "What copying may do now, beside the application; +Inf: full speed."
+    families.gauge("throttle_allowed_bytes_per_second", text, allowed, volume=name)
     families.states("throttle_impact", "1 for the impact chosen.", IMPACTS, throttle["impact"], volume=name)
 
 
