@@ -5,6 +5,7 @@ import sys
 
 from shadowvol.agent.daemon import run_agent
 from shadowvol.agent.paths import SettingsError, resolve
+from shadowvol.agent.settings import resolve_agent
 
 
 def main() -> int:
@@ -16,11 +17,12 @@ def main() -> int:
     try:
         settings = resolve(options.home, options.state, options.host)
         settings.home.check()
+        agent_settings = resolve_agent()
         settings.home.prepare()
     except SettingsError as error:
         sys.stderr.write(f"shadowvol: {error}\n")
         return 2
-    return run_agent(settings.home, settings.state_url, settings.host)
+    return run_agent(settings, agent_settings)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ TRANSITIONS: dict[str, tuple[str, ...]] = {
 async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str, Any]) -> Outcome:
     """(exit code, text, data). Raises CoordinatorUnreachable, RecordDamaged, RecordError."""
     if verb == "ping":
-        return 0, "", {"host": agent.host, "state_url": agent.state_url}
+        return 0, "", {"pid": os.getpid(), "host": agent.host, "state_url": agent.state_url}
     if verb == "status":
         return await _status(agent, name, options)
     if name is None:

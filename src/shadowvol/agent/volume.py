@@ -17,6 +17,7 @@ from typing import Any
 
 import trio
 
+from shadowvol.agent.access import SocketAccess
 from shadowvol.agent.attachment import Attachment
 from shadowvol.agent.copier import Copier
 from shadowvol.agent.dataplane import DataPlane
@@ -58,9 +59,11 @@ _logger = logging.getLogger("shadowvol.agent")
 
 
 class Volume:
-    """Call run() in a task. `engine` is None while no leadership is held."""
+    """Call run() in a task. `engine` is None while no leadership is held. `listening`: clients can connect."""
 
-    def __init__(self, home: Home, coordinator: Coordinator, config: VolumeConfig, host: str) -> None:
+    def __init__(
+        self, home: Home, coordinator: Coordinator, config: VolumeConfig, host: str, access: SocketAccess
+    ) -> None:
         self.name = config.name
         self.config = config
         self.host = host
@@ -69,7 +72,9 @@ class Volume:
         self.progress = Progress()
         self.changed = trio.Condition()
         self.longest = {"hold_longest_s": 0.0, "write_longest_s": 0.0, "read_longest_s": 0.0}  # since it is up here
+        self.listening = trio.Event()
         self._home = home
+        self._access = access
         self._coordinator = coordinator
         self._commands: dict[int, Callable[[int, str], None]] = {}
         self._command_number = 0
@@ -102,6 +107,8 @@ class Volume:
                     self._home.volume_socket(self.name),
                     self._home.member_lock(self.name),
                     self._member_spec,
+                    self._access,
+                    listening=self.listening.set,
                     up=self._member_up,
                     gone=self._member_gone,
                     message=self._member_said,
@@ -120,6 +127,7 @@ class Volume:
         finally:
             self.engine = None
             self._answer_all(1, f"volume {self.name} went down meanwhile; shadowvol status shows how it stands")
+            self.listening.set()  # nobody waits for it any more
             self.ended.set()
 
     async def _lead_for_ever(self) -> None:

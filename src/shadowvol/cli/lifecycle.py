@@ -72,6 +72,7 @@ def up(invocation: Invocation, names: tuple[str, ...]) -> None:
         return
     for name in wanted:
         invocation.check_volume_name(name)
+    invocation.agent_settings({})  # an agent that this starts could only refuse them
     invocation.prepare()
     settings = invocation.settings
     try:
@@ -120,14 +121,18 @@ def _chosen(invocation: Invocation, names: tuple[str, ...]) -> list[str]:
 
 
 @click.command()
+@click.option("--log-level", metavar="LEVEL", help="error, warning, info or debug.  [default: info]")
+@click.option("--socket-group", metavar="GROUP", help="Who may connect to volumes' sockets, besides the owner.")
+@click.option("--socket-mode", metavar="MODE", help="Mode of volumes' sockets.  [default: 0600; 0660 with a group]")
 @pass_invocation
-def agent(invocation: Invocation) -> int:
+def agent(invocation: Invocation, log_level: str | None, socket_group: str | None, socket_mode: str | None) -> int:
     """Be the agent of this host, in the foreground."""
     from shadowvol.agent.daemon import run_agent
 
+    flags = {"log_level": log_level, "socket_group": socket_group, "socket_mode": socket_mode}
+    settings, agent_settings = invocation.settings, invocation.agent_settings(flags)
     invocation.prepare()
-    settings = invocation.settings
-    return run_agent(settings.home, settings.state_url, settings.host)
+    return run_agent(settings, agent_settings)
 
 
 @click.command()
