@@ -1,4 +1,4 @@
-"""Who else than its owner may connect to volumes' sockets: one group, or everybody. For hypervisors with users of their own.
+"""Who else than its owner may connect to volumes' sockets: one group, or everybody, as hypervisors need it.
 
 Invariants
 - Only volumes' NBD sockets are given away, never the control socket or the one that members use.
@@ -19,6 +19,7 @@ from shadowvol.agent.paths import Home, SettingsError
 OWNER_ONLY, OWNER_AND_GROUP = 0o600, 0o660
 _GROUP, _OTHERS = 0o060, 0o006
 _MODE = re.compile(r"0?6[06][06]")
+_GID_MAX = (1 << 32) - 2  # the kernel keeps the last one for "none"
 _OTHERS_SEARCH = 0o011  # of a directory
 
 _logger = logging.getLogger("shadowvol.agent")
@@ -70,9 +71,12 @@ class SocketAccess:
 
 
 def _gid(group: str) -> int:
+    """Of a name, or a number that needs no name here (containers)."""
+    if group.isascii() and group.isdigit() and int(group) <= _GID_MAX:
+        return int(group)
     try:
-        return int(group) if group.isascii() and group.isdigit() else grp.getgrnam(group).gr_gid
-    except KeyError:
+        return grp.getgrnam(group).gr_gid
+    except (KeyError, ValueError):
         raise SettingsError(f"there is no group {group} on this host (getent group lists them)") from None
 
 

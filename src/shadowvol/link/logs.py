@@ -50,7 +50,7 @@ def pass_on(level: str, host: str) -> None:
 
 
 def configure() -> None:
-    """Log from now on, as the environment says. What is no level counts as the default; the agent refuses it earlier."""
+    """Log from now on, as the environment says. What is no level (the agent refuses it) is the default."""
     level = os.environ.get(LEVEL_VARIABLE, "").lower()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines(os.environ.get(HOST_VARIABLE) or socket.gethostname()))
