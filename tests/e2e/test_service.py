@@ -15,7 +15,7 @@ import pytest
 from shadowvol.agent import client
 from shadowvol.agent.paths import Home
 from shadowvol.link.logs import HOST_VARIABLE, LEVEL_VARIABLE
-from tests.support.foreground import foreground_agent, log_file
+from tests.support.foreground import foreground_agent, log_file, starting_agent
 from tests.support.poll import wait_for
 from tests.support.product import MIB, Product, Volume, make_source
 
@@ -63,19 +63,16 @@ def test_ready_is_said_when_verbs_are_taken_and_clients_can_connect(
     wait, but it meets no missing or dead socket."""
     product.end()
     place = str(tmp_path / "notify") if address == "file" else f"@shadowvol-test-{os.getpid()}"
-    command = [sys.executable, "-m", "shadowvol", "--home", str(product.home), "agent"]
-    with service_manager(place) as manager, log_file(product).open("ab") as log:
-        environment = dict(os.environ, NOTIFY_SOCKET=place)
-        with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=log) as agent:
-            assert told(manager) == ["READY=1", f"STATUS=1 volumes up, home {product.home}"]
-            assert client.ping(Home(product.home)) is not None
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(str(Home(product.home).volume_socket("v")))
-            member = product.pid("v", "member")
-            assert b"NOTIFY_SOCKET" not in Path(f"/proc/{member}/environ").read_bytes()
-            agent.send_signal(signal.SIGTERM)
-            assert told(manager) == ["STOPPING=1", "STATUS=members go on"]
-            assert agent.wait(LIMIT_S) == 0
+    with service_manager(place) as manager, starting_agent(product, environment={"NOTIFY_SOCKET": place}) as agent:
+        assert told(manager) == ["READY=1", f"STATUS=1 volumes up, home {product.home}"]
+        assert client.ping(Home(product.home)) is not None
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(Home(product.home).volume_socket("v")))
+        member = product.pid("v", "member")
+        assert b"NOTIFY_SOCKET" not in Path(f"/proc/{member}/environ").read_bytes()
+        agent.send_signal(signal.SIGTERM)
+        assert told(manager) == ["STOPPING=1", "STATUS=members go on"]
+        assert agent.wait(LIMIT_S) == 0
         assert os.path.exists(f"/proc/{member}")
 
 

@@ -17,10 +17,10 @@ END_LIMIT_S = 30.0
 
 
 @contextmanager
-def foreground_agent(
+def starting_agent(
     product: Product, *options: str, environment: Mapping[str, str] | None = None, umask: int = -1
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """From when it takes verbs; ended by SIGTERM, with exit code 0. It logs where `product.log` reads it."""
+    """As it has just been started; killed at the end, if it still lives. It logs where `product.log` reads it."""
     product.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with log_file(product).open("ab") as log:
         process = subprocess.Popen(
@@ -31,14 +31,22 @@ def foreground_agent(
             umask=umask,
         )
     try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def foreground_agent(
+    product: Product, *options: str, environment: Mapping[str, str] | None = None, umask: int = -1
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """From when it takes verbs; ended by SIGTERM, with exit code 0."""
+    with starting_agent(product, *options, environment=environment, umask=umask) as process:
         wait_for(lambda: client.ping(Home(product.home)), START_LIMIT_S, f"the agent answers: {product.log()}")
         yield process
         process.send_signal(signal.SIGTERM)
         assert process.wait(END_LIMIT_S) == 0, product.log()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 def log_file(product: Product) -> Path:
