@@ -49,6 +49,16 @@ def volume(product: Product, manager: ServiceManager, tmp_path: Path) -> Volume:
     return Volume.make(product, make_source(tmp_path / "source", 32 * MIB, 0), tmp_path / "target")
 
 
+@pytest.fixture
+def device(volume: Volume, manager: ServiceManager) -> Iterator[str]:
+    """Attached, with a file system. Its loop device is let go here: only inside can one see whose file it lies on."""
+    device = volume.run("attach").strip()
+    make_file_system(device)
+    yield device
+    volume.product.end()
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
 def alive(pid: int) -> bool:
     return os.path.exists(f"/proc/{pid}")
 
@@ -103,14 +113,12 @@ def assert_fails_once(manager: ServiceManager, code: int, words: str) -> None:
 
 
 def test_at_a_shutdown_what_is_attached_is_unmounted_then_the_agent_ends_and_members_are_last(
-    volume: Volume, manager: ServiceManager, tmp_path: Path
+    volume: Volume, device: str, manager: ServiceManager, tmp_path: Path
 ) -> None:
     """A file system that was mounted by hand, with writes that only the unmount brings to the volume; somebody still
     uses it when the shutdown begins."""
     volume.run("start")
     volume.wait_synced()
-    device = volume.run("attach").strip()
-    make_file_system(device)
     mnt = tmp_path / "mnt"
     mnt.mkdir()
     manager.run_inside("mount", device, str(mnt))
