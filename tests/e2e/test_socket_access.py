@@ -51,9 +51,11 @@ def as_user(group: str, *command: str) -> "subprocess.CompletedProcess[bytes]":
 
 
 def content_for(group: str, volume: Volume) -> bytes | None:
-    """What a user of this group reads from the volume; None if it may not connect."""
-    size = as_user(group, "nbdinfo", "--size", volume.uri)
-    read = as_user(group, "nbdcopy", volume.uri, "-")
+    """What a user of this group reads from the volume; None if it may not connect. Where a member is still to come the
+    connection waits for it."""
+    uri = Home(volume.product.home).nbd_uri(volume.name)
+    size = as_user(group, "nbdinfo", "--size", uri)
+    read = as_user(group, "nbdcopy", uri, "-")
     assert (size.returncode == 0) is (read.returncode == 0), (size, read)
     if read.returncode:
         assert b"Permission denied" in size.stderr and b"Permission denied" in read.stderr, (size, read)
