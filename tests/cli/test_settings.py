@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from shadowvol.agent.access import SocketAccess
 from shadowvol.agent.client import AgentFailed, AgentNotRunning, Result, call, ensure_agent
 from shadowvol.agent.paths import Home, SettingsError, resolve
+from shadowvol.agent.settings import AgentSettings, resolve_agent
 from shadowvol.cli.units import format_bytes, format_eta, parse_duration_s, parse_rate, parse_size
 
 # ---- settings ----
@@ -28,7 +30,20 @@ def test_flags_then_environment_then_file_then_defaults(tmp_path: Path) -> None:
     assert resolve("/h", environment={}, config_file=tmp_path / "none").host == socket.gethostname()
 
 
-@pytest.mark.parametrize("content", ["home = 1", 'hom = "x"', "home", '[home]\nx = "y"'])
+def test_settings_of_the_agent_are_found_in_the_same_order(tmp_path: Path) -> None:
+    file = tmp_path / "shadowvol.toml"
+    file.write_text(f'home = "/h"\nlog_level = "error"\nsocket_group = "{os.getegid()}"\nsocket_mode = "0666"\n')
+    found = resolve_agent(environment={}, config_file=file)
+    assert found == AgentSettings("error", SocketAccess(0o666, os.getegid()))
+    environment = {"SHADOWVOL_LOG_LEVEL": "DEBUG", "SHADOWVOL_SOCKET_MODE": "660"}
+    found = resolve_agent(environment=environment, config_file=file)
+    assert found == AgentSettings("debug", SocketAccess(0o660, os.getegid()))
+    found = resolve_agent({"log_level": "info"}, environment=environment, config_file=tmp_path / "none")
+    assert found == AgentSettings("info", SocketAccess(0o660, None))
+    assert resolve_agent(environment={}, config_file=tmp_path / "none").access == SocketAccess(0o600, None)
+
+
+@pytest.mark.parametrize("content", ["home = 1", "socket_mode = 0o660", 'hom = "x"', "home", '[home]\nx = "y"'])
 def test_a_file_that_is_not_understood_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "shadowvol.toml"
     file.write_text(content)
@@ -40,9 +55,9 @@ def test_the_run_directory_is_for_its_owner_only(tmp_path: Path) -> None:
     home = Home(tmp_path / "a" / "b")
     home.prepare()
     assert home.run.stat().st_mode & 0o777 == home.directory.stat().st_mode & 0o777 == 0o700
-    home.run.chmod(0o755)
+    home.run.chmod(0o777)
     home.prepare()
-    assert home.run.stat().st_mode & 0o777 == 0o700
+    assert home.run.stat().st_mode & 0o777 == 0o711  # whether others may pass through is the agent's to say
 
 
 def test_uris_are_quoted() -> None:

@@ -29,7 +29,7 @@ OF_THE_COPY = ("shadowvol_copied_bytes_total", "shadowvol_recopied_bytes_total")
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
     """Where the agent that `up` starts will serve metrics."""
     chosen = free_port()
-    monkeypatch.setenv(METRICS_VARIABLE, str(chosen))
+    monkeypatch.setenv("SHADOWVOL_METRICS", str(chosen))
     return chosen
 
 
@@ -193,7 +193,7 @@ def test_numbers_of_a_member_that_was_killed_or_stopped_are_gone(port: int, prod
 
 
 def test_without_the_option_nobody_listens(product: Product, legs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(METRICS_VARIABLE, raising=False)
+    monkeypatch.delenv("SHADOWVOL_METRICS", raising=False)
     Volume.make(product, make_source(legs / "source", 16 * MIB), legs / "target")
     assert "metrics" not in product.run("doctor").replace("prometheus", "") and "metrics" not in product.log()
 
@@ -204,7 +204,7 @@ def test_a_bad_address_is_refused_before_anything_starts(
 ) -> None:
     words = ("agent", "--metrics", "nowhere:1") if given == "flag" else (given.rpartition(" ")[2],)
     if given != "flag":
-        monkeypatch.setenv(METRICS_VARIABLE, "nowhere:1")
+        monkeypatch.setenv("SHADOWVOL_METRICS", "nowhere:1")
     source, target = str(make_source(legs / "source", MIB)), str(legs / "target")
     product.run("create", "v", "--source", source, "--target", target, "--provision")
     said = product.refused(*words, code=2)

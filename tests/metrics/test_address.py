@@ -1,9 +1,12 @@
 """Where metrics are served: what is understood, and what is refused before anything starts."""
 
+from pathlib import Path
+
 import pytest
 
-from shadowvol.agent.metrics.address import METRICS_VARIABLE, chosen_metrics_address, parse_metrics_address
+from shadowvol.agent.metrics.address import MetricsAddress, parse_metrics_address
 from shadowvol.agent.paths import SettingsError
+from shadowvol.agent.settings import resolve_agent
 
 
 @pytest.mark.parametrize(
@@ -46,14 +49,15 @@ def test_what_is_no_place_is_refused(text: str, why: str) -> None:
         parse_metrics_address(text)
 
 
-def test_the_flag_comes_before_the_environment_and_none_is_off() -> None:
-    chosen = chosen_metrics_address("1", {METRICS_VARIABLE: "2"})
-    assert chosen is not None and chosen.port == 1
-    chosen = chosen_metrics_address(None, {METRICS_VARIABLE: "2"})
-    assert chosen is not None and chosen.port == 2
-    assert chosen_metrics_address(None, {}) is None
-    assert chosen_metrics_address(None, {METRICS_VARIABLE: ""}) is None
-    with pytest.raises(SettingsError, match=METRICS_VARIABLE):
-        chosen_metrics_address(None, {METRICS_VARIABLE: "x"})
+def test_the_flag_comes_before_the_environment_and_none_is_off(tmp_path: Path) -> None:
+    def chosen(flag: str | None, **environment: str) -> MetricsAddress | None:
+        return resolve_agent({"metrics": flag}, environment=environment, config_file=tmp_path / "none").metrics
+
+    assert chosen("1", SHADOWVOL_METRICS="2") == MetricsAddress("127.0.0.1", 1)
+    assert chosen(None, SHADOWVOL_METRICS="2") == MetricsAddress("127.0.0.1", 2)
+    assert chosen(None) is None
+    assert chosen(None, SHADOWVOL_METRICS="") is None
+    with pytest.raises(SettingsError, match="'x' is no place for metrics"):
+        chosen(None, SHADOWVOL_METRICS="x")
     with pytest.raises(SettingsError):
-        chosen_metrics_address("", {METRICS_VARIABLE: "2"})  # as from --metrics "$UNSET"
+        chosen("", SHADOWVOL_METRICS="2")  # as from --metrics "$UNSET"

@@ -28,7 +28,7 @@ MODULE_LINES_MAX = 500
 GENERATED = re.compile(r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|.*\.egg-info")
 MACHINE_PATH = re.compile(r"(?<![\w.~}-])/(?:work|root|farm|tmp/bash_jobs)(?:/|(?=[\"'`]))")
 UNFINISHED = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
-DOCS_WITH_NAMES = ("docs/architecture.md", "docs/concurrency.md", "docs/failures.md")
+DOCS_WITH_NAMES = ("docs/architecture.md", "docs/concurrency.md", "docs/failures.md", "docs/service.md")
 SOURCE_SUFFIXES = (".py", ".c", ".h", ".md", ".toml", ".sh", ".txt", ".lock", ".html")
 
 

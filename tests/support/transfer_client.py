@@ -19,7 +19,7 @@ class TransferClient:
     def __init__(self, lock: Path) -> None:
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(ANSWER_TIMEOUT_S)
-        command = [sys.executable, "-m", "shadowvol.transfer", "--control-fd", str(theirs.fileno())]
+        command = [sys.executable, "-m", "shadowvol.transfer", "--volume", "v", "--control-fd", str(theirs.fileno())]
         self.process = subprocess.Popen(
             [*command, "--lock", str(lock)],
             pass_fds=[theirs.fileno()],

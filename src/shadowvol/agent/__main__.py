@@ -1,14 +1,11 @@
-"""`python -m shadowvol.agent --home DIR --state URL --host NAME`: the daemon, as `up` starts it in the background.
-
-Where its metrics are is in the environment."""
+"""`python -m shadowvol.agent --home DIR --state URL --host NAME`: the daemon, as `up` starts it in the background."""
 
 import argparse
-import os
 import sys
 
 from shadowvol.agent.daemon import run_agent
-from shadowvol.agent.metrics.address import chosen_metrics_address
 from shadowvol.agent.paths import SettingsError, resolve
+from shadowvol.agent.settings import resolve_agent
 
 
 def main() -> int:
@@ -19,13 +16,13 @@ def main() -> int:
     options = parser.parse_args()
     try:
         settings = resolve(options.home, options.state, options.host)
-        metrics = chosen_metrics_address(None, os.environ)
         settings.home.check()
+        agent_settings = resolve_agent()
         settings.home.prepare()
     except SettingsError as error:
         sys.stderr.write(f"shadowvol: {error}\n")
         return 2
-    return run_agent(settings.home, settings.state_url, settings.host, metrics)
+    return run_agent(settings, agent_settings)
 
 
 if __name__ == "__main__":

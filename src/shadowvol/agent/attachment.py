@@ -21,7 +21,17 @@ from shadowvol.agent.paths import Home
 from shadowvol.clustersync.coordinator import Coordinator
 from shadowvol.core.records import Keys, encode_attached
 from shadowvol.core.txn import Compare, Holds, Txn
-from shadowvol.nbd.attach import AttachFailed, BadDevice, Device, DeviceInUse, DeviceLost, Site, check_device, claim
+from shadowvol.nbd.attach import (
+    AttachFailed,
+    BadDevice,
+    Device,
+    DeviceInUse,
+    DeviceLost,
+    Site,
+    check_device,
+    claim,
+    mark_of,
+)
 
 REPAIR_FIRST_S, REPAIR_LAST_S = 0.5, 30.0  # between attempts to restore a device; doubled from the one to the other
 FLUSH_LIMIT_S = 60.0  # for what is cached above the device to reach the volume
@@ -47,7 +57,7 @@ class Attachment:
         self._serves = serves
         self._keys = Keys(volume)
         self._key = self._keys.attached(host)
-        self._site = Site(volume, home.volume_socket(volume), home.run, f"shadowvol {home.directory} {volume}")
+        self._site = Site(volume, home.volume_socket(volume), home.run, mark_of(home.directory, volume))
         self._asked: str | None = None  # the device that the operator named
         self._device: Device | None = None
         self._turn = trio.Lock()

@@ -110,16 +110,17 @@ class Copier:
 
     async def _one_process(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        command = [sys.executable, "-m", "shadowvol.transfer", "--control-fd", str(theirs.fileno())]
+        command = [sys.executable, "-m", "shadowvol.transfer", "--volume", self._volume]
         with theirs:
             process = await trio.lowlevel.open_process(
-                [*command, "--lock", str(self._lock_path)],
+                [*command, "--control-fd", str(theirs.fileno()), "--lock", str(self._lock_path)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
                 cwd="/",
             )
         self._process_pid = process.pid
+        _logger.debug("%s: started the transfer process, process %d", self._volume, process.pid)
         connection = trio.socket.from_stdlib_socket(ours)
         try:
             await self._serve(connection)

@@ -13,23 +13,26 @@ import struct
 import sys
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from shadowvol.agent import verbs
+from shadowvol.agent import client, verbs
+from shadowvol.agent.access import apply_to_directories
 from shadowvol.agent.client import AGENT_LOCK_HELD_EXIT
 from shadowvol.agent.metrics.address import MetricsAddress
 from shadowvol.agent.metrics.reading import read_agent
+from shadowvol.agent.notify import Notifier
 from shadowvol.agent.pacing import Pacer
-from shadowvol.agent.paths import Home
+from shadowvol.agent.paths import Home, Settings, SettingsError
+from shadowvol.agent.settings import AgentSettings
 from shadowvol.agent.volume import Volume
 from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable, RecordDamaged
 from shadowvol.clustersync.open import open_coordinator
 from shadowvol.core.records import RecordError, VolumeConfig, decode_config, decode_state, volume_names
-from shadowvol.link import locks
+from shadowvol.link import journal, locks, logs
 from shadowvol.link.framing import FramingError, close_all
+from shadowvol.link.listening import listen_private
 from shadowvol.link.triolink import TrioLink
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ REQUEST_BYTES_MAX = 1 << 20
 BACKLOG = 64
 VOLUME_RESTART_S = 2.0
 DOWN_FINISH_LIMIT_S = 20.0
+LISTEN_LIMIT_S = 10.0  # for the sockets of what was up to be there, before the service manager starts what uses them
 
 _logger = logging.getLogger("shadowvol.agent")
 
@@ -47,23 +51,20 @@ class Agent:
     """`volumes`: those that are up here, by name. `metrics`: the endpoint, where one is wanted."""
 
     def __init__(
-        self,
-        home: Home,
-        coordinator: Coordinator,
-        state_url: str,
-        host: str,
-        metrics_address: MetricsAddress | None = None,
+        self, settings: Settings, agent_settings: AgentSettings, coordinator: Coordinator, notifier: Notifier
     ) -> None:
-        self.home = home
-        self.state_url = state_url
+        self.home = settings.home
+        self.state_url = settings.state_url
         self.coordinator = coordinator
-        self.host = host
+        self.host = settings.host
+        self._access = agent_settings.access
+        self._notifier = notifier
         self.volumes: dict[str, Volume] = {}
         self.broken: dict[str, str] = {}  # volumes whose record does not check out
         self.pacer = Pacer(self.volumes)
         self.coming_and_going: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)  # one up or down at a time
         self.metrics: MetricsEndpoint | None = None
-        self._metrics_address = metrics_address
+        self._metrics_address = agent_settings.metrics
         self._nursery: trio.Nursery | None = None
 
     async def run(self, control: trio.socket.SocketType, links: trio.socket.SocketType) -> None:
@@ -76,7 +77,15 @@ class Agent:
             nursery.start_soon(self.pacer.run)
             await self._restore()
             nursery.start_soon(self._accept, control, self._serve_control)
-            _logger.info("%s: agent is ready, home %s", self.host, self.home.directory)
+            _logger.info("agent: agent is ready, home %s", self.home.directory)
+            await self._listening()
+            self._notifier.ready(f"{len(self.volumes)} volumes up, home {self.home.directory}")
+
+    async def _listening(self) -> None:
+        """The clients of what was up can connect, and wait for the member; or it takes too long."""
+        with trio.move_on_after(LISTEN_LIMIT_S):
+            for volume in list(self.volumes.values()):
+                await volume.listening.wait()
 
     async def _serve_metrics(self, address: MetricsAddress) -> None:
         """Whatever happens to it, volumes are served. Its library is loaded only here."""
@@ -101,7 +110,7 @@ class Agent:
                 state = decode_state(snapshot.entries[f"volumes/{name}/state"].value)
             except (ValueError, KeyError, TypeError) as error:
                 self.broken[name] = f"the record of volume {name} does not check out: {error}"
-                _logger.error("%s", self.broken[name])
+                _logger.error("%s: %s", name, self.broken[name])
                 continue
             if state.up:
                 self.bring_up(config)
@@ -121,7 +130,7 @@ class Agent:
         assert self._nursery is not None
         volume = self.volumes.get(config.name)
         if volume is None or volume.ended.is_set():
-            volume = Volume(self.home, self.coordinator, config, self.host, self.pacer)
+            volume = Volume(self.home, self.coordinator, config, self.host, self._access, self.pacer)
             self.volumes[config.name] = volume
             self._nursery.start_soon(self._keep, volume)
         return volume
@@ -167,10 +176,10 @@ class Agent:
                 return
             await volume.plane.serve_link(link, frame.message, fds)
         except (OSError, EOFError, FramingError, trio.TooSlowError, trio.ClosedResourceError) as error:
-            _logger.warning("a member's link ended: %s", error)
+            _logger.warning("agent: a member's link ended: %s", error)
             link.close()
         except Exception:
-            _logger.exception("a member's link failed")
+            _logger.exception("agent: a member's link failed")
             link.close()
 
     async def _serve_control(self, connection: trio.socket.SocketType) -> None:
@@ -204,8 +213,9 @@ class Agent:
         except (RecordDamaged, RecordError) as error:
             code, text, data = 1, str(error), None
         except Exception as error:
-            _logger.exception("a request failed: %r", line[:200])
+            _logger.exception("agent: a request failed: %r", line[:200])
             code, text, data = 1, f"the agent failed at it: {error!r} (its log has more)", None
+        _logger.debug("agent: answered %r with code %d %s", line[:200], code, text)
         return {"code": code, "text": text, "data": data}
 
 
@@ -217,60 +227,61 @@ def _is_us(connection: trio.socket.SocketType) -> bool:
     return uid in (0, os.geteuid())
 
 
-def _listen(path: Path) -> trio.socket.SocketType:
-    """Only the holder of agent.lock calls this, so a socket that is there is stale."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    old_mask = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(old_mask)
-    listener.listen(BACKLOG)
-    return trio.socket.from_stdlib_socket(listener)
-
-
-async def _until_signal(agent: Agent, control: trio.socket.SocketType, links: trio.socket.SocketType) -> None:
+async def _until_signal(agent: Agent, notifier: Notifier, control: socket.socket, links: socket.socket) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(agent.run, control, links)
+        nursery.start_soon(agent.run, trio.socket.from_stdlib_socket(control), trio.socket.from_stdlib_socket(links))
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
-                _logger.info("%s: agent ends (%s); members go on", agent.host, signal.Signals(number).name)
+                _logger.info("agent: agent ends (%s); members go on", signal.Signals(number).name)
+                notifier.stopping("members go on")
                 nursery.cancel_scope.cancel()
                 return
 
 
 async def _main(
-    home: Home, coordinator: Coordinator, state_url: str, host: str, metrics: MetricsAddress | None
+    settings: Settings, agent_settings: AgentSettings, coordinator: Coordinator, notifier: Notifier
 ) -> None:
-    control, links = _listen(home.agent_socket), _listen(home.link_socket)
+    home = settings.home
+    control, links = listen_private(home.agent_socket, BACKLOG), listen_private(home.link_socket, BACKLOG)
     try:
-        await _until_signal(Agent(home, coordinator, state_url, host, metrics), control, links)
+        agent = Agent(settings, agent_settings, coordinator, notifier)
+        await _until_signal(agent, notifier, control, links)
     finally:
         home.agent_socket.unlink(missing_ok=True)
         with trio.CancelScope(shield=True):
             await coordinator.aclose()
 
 
-def run_agent(home: Home, state_url: str, host: str, metrics: MetricsAddress | None = None) -> int:
-    """The agent in the foreground, until SIGTERM. Exit code as in DESIGN 12. `metrics`: where to serve them."""
-    logging.basicConfig(
-        level=os.environ.get("SHADOWVOL_LOG_LEVEL", "INFO").upper(),
-        format=f"%(asctime)s %(levelname)s {host} %(message)s",
-        stream=sys.stderr,
-    )
-    home.prepare()
-    lock = locks.take(home.agent_lock)
-    if lock is None:
-        sys.stderr.write(f"shadowvol: an agent is running already with home {home.directory}\n")
-        return AGENT_LOCK_HELD_EXIT
+def run_agent(settings: Settings, agent_settings: AgentSettings) -> int:
+    """The agent in the foreground, until SIGTERM. Exit code as in DESIGN 12."""
+    home = settings.home
+    notifier = Notifier()
+    logs.pass_on(agent_settings.log_level, settings.host)
+    logs.configure()
     try:
-        coordinator = open_coordinator(state_url)
-    except ValueError as error:
-        sys.stderr.write(f"shadowvol: {error}\n")
-        return 2
-    except (RecordDamaged, CoordinatorUnreachable) as error:
-        sys.stderr.write(f"shadowvol: {error}\n")
-        return 6 if isinstance(error, CoordinatorUnreachable) else 1
-    trio.run(_main, home, coordinator, state_url, host, metrics)
+        home.prepare()
+        lock = locks.take(home.agent_lock)
+        if lock is None:
+            return _end(f"an agent is running already with home {home.directory}{_its_end(home)}", AGENT_LOCK_HELD_EXIT)
+        apply_to_directories(agent_settings.access, home)
+        coordinator = open_coordinator(settings.state_url)
+    except (SettingsError, ValueError) as error:
+        return _end(str(error), 2)
+    except RecordDamaged as error:
+        return _end(str(error), 1)
+    except CoordinatorUnreachable as error:
+        return _end(str(error), 6)
+    trio.run(_main, settings, agent_settings, coordinator, notifier)
     return 0
+
+
+def _its_end(home: Home) -> str:
+    """How to end the agent that runs, as the rest of a sentence."""
+    answer = client.ping(home)
+    pid = answer.data.get("pid") if answer is not None and isinstance(answer.data, dict) else None
+    return f"; to replace it: kill {pid} (its volumes go on)" if pid else ""
+
+
+def _end(text: str, code: int) -> int:
+    sys.stderr.write(f"{journal.prefix(journal.ERROR)}shadowvol: {text}\n")
+    return code

@@ -9,7 +9,6 @@ import fcntl
 import logging
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,9 +17,11 @@ from typing import Any
 
 import trio
 
+from shadowvol.agent.access import SocketAccess
 from shadowvol.core.messages import Answer, Ask, Reply, Request, from_wire, to_wire
 from shadowvol.link import locks
 from shadowvol.link.framing import Frame, FramingError, close_all
+from shadowvol.link.listening import listen_private
 from shadowvol.link.triolink import TrioLink
 from shadowvol.nbd.serve import member_argv
 
@@ -42,7 +43,9 @@ class DataPlane:
         socket_path: Path,
         lock_path: Path,
         spec: Callable[[int], dict[str, Any]],
+        access: SocketAccess,
         *,
+        listening: Callable[[], None],
         up: Callable[[int], None],
         gone: Callable[[], None],
         message: Callable[[Answer | Ask], None],
@@ -60,6 +63,8 @@ class DataPlane:
         self._socket_path = socket_path
         self._lock_path = lock_path
         self._spec = spec
+        self._access = access
+        self._listening = listening
         self._up = up
         self._gone = gone
         self._message = message
@@ -80,9 +85,13 @@ class DataPlane:
         while not self._stopping:
             if locks.is_free(self._lock_path):
                 self._told_gone()
-                if self._listener is None:
-                    self._listener = self._listen()
+                if self._listener is None:  # no member lives, so nobody listens at the old one
+                    self._listener = listen_private(self._socket_path, BACKLOG).detach()
+                    self._give_access()
+                self._listening()
                 await self._start()
+            else:
+                self._listening()
             await self._wait_for_death()
             delay_s = RESTART_S if self._said_hello else min(delay_s * 2, RESTART_LAST_S)
             self._said_hello = False
@@ -125,17 +134,12 @@ class DataPlane:
         finally:
             os.close(lock)
 
-    def _listen(self) -> int:
-        """A new listening socket; only when no member lives, so that nobody listens at the old one."""
-        self._socket_path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        old_mask = os.umask(0o177)
+    def _give_access(self) -> None:
+        """To a socket that is new here. Without it the volume works as well, for its owner."""
         try:
-            listener.bind(str(self._socket_path))
-        finally:
-            os.umask(old_mask)
-        listener.listen(BACKLOG)
-        return listener.detach()
+            self._access.give(self._socket_path)
+        except OSError as error:
+            _logger.error("%s: %s keeps its mode and group: %s", self._volume, self._socket_path, error.strerror)
 
     async def _start(self) -> None:
         """A new member. When its starter has ended well, the member has its lock, and we wait for its death."""
@@ -150,6 +154,7 @@ class DataPlane:
         )
         if started.returncode == 0:
             self.pid = int(started.stdout)
+            _logger.debug("%s: started the member, process %d, incarnation %d", self._volume, self.pid, self._newest)
         else:
             _logger.error("%s: the member did not start (exit code %d)", self._volume, started.returncode)
 
@@ -160,6 +165,7 @@ class DataPlane:
         if fds:
             if self._listener is None:
                 self._listener = fds.pop(0)
+                self._give_access()  # an agent with other settings may have made it
             close_all(fds)
         self.pid = hello["pid"]
         self._said_hello = True

@@ -2,7 +2,8 @@
 
 Invariants
 - All paths are absolute: the agent that `up` starts has another current directory than who started it.
-- The run directory is open to its owner only; who can reach its sockets may do everything with every volume.
+- Home and run directory are for their owner only, but for the way to volumes' sockets where the agent was told to let
+  others connect (access.py); who can reach the other sockets may do everything with every volume.
 - A path too long for a unix socket is found out before anything is started or recorded, not when it is bound.
 """
 
@@ -22,6 +23,7 @@ SYSTEM_HOME = Path("/var/lib/shadowvol")
 SOCKET_PATH_BYTES_MAX = 107  # sun_path has 108 bytes and ends with a NUL
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")  # a part of keys, so without "/"
 _KEYS = ("home", "state", "host")
+AGENT_KEYS = ("log_level", "socket_group", "socket_mode", "metrics")  # settings.py
 
 
 class SettingsError(ValueError):
@@ -83,12 +85,17 @@ class Home:
         return f"nbd+unix:///{urllib.parse.quote(name)}?socket={urllib.parse.quote(str(self.volume_socket(name)))}"
 
     def prepare(self) -> None:
-        """Make what is missing, for the owner only. Raises SettingsError."""
+        """Make what is missing, for the owner only. Raises SettingsError.
+
+        Whether others may pass through what is there is left as it is: the agent decides that, who calls this may be
+        a command beside it.
+        """
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.run.mkdir(mode=0o700, exist_ok=True)
-            if self.run.stat().st_mode & 0o077:
-                self.run.chmod(0o700)
+            mode = self.run.stat().st_mode
+            if mode & 0o066:
+                self.run.chmod(stat.S_IMODE(mode) & 0o711)
         except OSError as error:
             raise self._unusable(error.strerror) from None
         for place in (self.directory, self.run):
@@ -156,18 +163,22 @@ def resolve(
     config_file: Path = CONFIG_FILE,
 ) -> Settings:
     """The settings in force; arguments are the flags. Raises SettingsError."""
-    found = dict(os.environ) if environment is None else dict(environment)
-    file = _read_config(config_file)
-    flags = {"home": home, "state": state, "host": host}
-    for key, flag in flags.items():
-        if flag is not None and not flag.strip():  # as from --home "$UNSET": no way to the default home
-            raise SettingsError(f"--{key} is empty")
-    chosen = {key: flags[key] or found.get(f"SHADOWVOL_{key.upper()}") or file.get(key) for key in _KEYS}
+    found = os.environ if environment is None else environment
+    chosen = choose({"home": home, "state": state, "host": host}, found, config_file)
     place = Home(Path(chosen["home"] or default_home(found)))
     host_name = chosen["host"] or socket.gethostname()
     if not _HOST.fullmatch(host_name):
         raise SettingsError(f"{host_name!r} is not a host name: letters, digits, dots, dashes, underscores")
     return Settings(place, _absolute_state(chosen["state"] or place.state_url), host_name)
+
+
+def choose(flags: Mapping[str, str | None], environment: Mapping[str, str], config_file: Path) -> dict[str, str | None]:
+    """For each key of `flags` the first of flag, SHADOWVOL_KEY, and line of the file. Raises SettingsError."""
+    file = _read_config(config_file)
+    for key, flag in flags.items():
+        if flag is not None and not flag.strip():  # as from --home "$UNSET": no way to the default home
+            raise SettingsError(f"--{key.replace('_', '-')} is empty")
+    return {key: flag or environment.get(f"SHADOWVOL_{key.upper()}") or file.get(key) for key, flag in flags.items()}
 
 
 def _user_name(uid: int) -> str:
@@ -192,6 +203,7 @@ def _read_config(path: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from None
     for key, value in content.items():
-        if key not in _KEYS or not isinstance(value, str):
-            raise SettingsError(f"{path}: {key!r} is not a setting; there are {', '.join(_KEYS)}, each a string")
+        if key not in _KEYS + AGENT_KEYS or not isinstance(value, str):
+            there = ", ".join(_KEYS + AGENT_KEYS)
+            raise SettingsError(f"{path}: {key!r} is not a setting; there are {there}, each a string")
     return content

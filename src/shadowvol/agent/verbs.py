@@ -41,7 +41,8 @@ async def perform(agent: "Agent", verb: str, name: str | None, options: dict[str
     """(exit code, text, data). Raises CoordinatorUnreachable, RecordDamaged, RecordError."""
     if verb == "ping":
         metrics = None if agent.metrics is None else agent.metrics.snapshot()
-        return 0, "", {"host": agent.host, "state_url": agent.state_url, "metrics": metrics}
+        about = {"pid": os.getpid(), "host": agent.host, "state_url": agent.state_url, "metrics": metrics}
+        return 0, "", about
     if verb == "status":
         return await _status(agent, name, options)
     if name is None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from shadowvol.agent.access import SocketAccess
 from shadowvol.agent.attachment import Attachment
 from shadowvol.agent.copier import Copier
 from shadowvol.agent.dataplane import DataPlane
@@ -60,9 +61,17 @@ _logger = logging.getLogger("shadowvol.agent")
 
 
 class Volume:
-    """Call run() in a task. `engine` is None while no leadership is held."""
+    """Call run() in a task. `engine` is None while no leadership is held. `listening`: clients can connect."""
 
-    def __init__(self, home: Home, coordinator: Coordinator, config: VolumeConfig, host: str, pacer: Pacer) -> None:
+    def __init__(
+        self,
+        home: Home,
+        coordinator: Coordinator,
+        config: VolumeConfig,
+        host: str,
+        access: SocketAccess,
+        pacer: Pacer,
+    ) -> None:
         self.name = config.name
         self.config = config
         self.host = host
@@ -73,7 +82,9 @@ class Volume:
         self.copies_ahead: list[str] = []  # whose copies it waits for
         self.changed = trio.Condition()
         self.longest = {"hold_longest_s": 0.0, "write_longest_s": 0.0, "read_longest_s": 0.0}  # since it is up here
+        self.listening = trio.Event()
         self._home = home
+        self._access = access
         self._coordinator = coordinator
         self._pacer = pacer
         self._commands: dict[int, Callable[[int, str], None]] = {}
@@ -107,6 +118,8 @@ class Volume:
                     self._home.volume_socket(self.name),
                     self._home.member_lock(self.name),
                     self._member_spec,
+                    self._access,
+                    listening=self.listening.set,
                     up=self._member_up,
                     gone=self._member_gone,
                     message=self._member_said,
@@ -125,6 +138,7 @@ class Volume:
         finally:
             self.engine = None
             self._answer_all(1, f"volume {self.name} went down meanwhile; shadowvol status shows how it stands")
+            self.listening.set()  # nobody waits for it any more
             self.ended.set()
 
     async def _lead_for_ever(self) -> None:

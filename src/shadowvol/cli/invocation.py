@@ -27,6 +27,7 @@ from shadowvol.agent.errors import (
 from shadowvol.agent.paths import Settings, SettingsError, resolve
 
 if TYPE_CHECKING:
+    from shadowvol.agent.settings import AgentSettings
     from shadowvol.clustersync.coordinator import Coordinator
     from shadowvol.core.records import VolumeRecord
 
@@ -57,6 +58,15 @@ class Invocation:
         """Also where the home cannot be used; for who finds out what is wrong."""
         try:
             return resolve(self.home_flag, self.state_flag, self.host_flag)
+        except SettingsError as error:
+            raise VerbError(BAD_INPUT, str(error)) from None
+
+    def agent_settings(self, flags: "dict[str, str | None]") -> "AgentSettings":
+        """Those in force for an agent that is started now."""
+        from shadowvol.agent.settings import resolve_agent
+
+        try:
+            return resolve_agent(flags)
         except SettingsError as error:
             raise VerbError(BAD_INPUT, str(error)) from None
 

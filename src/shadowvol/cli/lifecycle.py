@@ -8,9 +8,7 @@ from functools import partial
 import click
 
 from shadowvol.agent import client
-from shadowvol.agent.errors import BAD_INPUT, FAILED, REFUSED, VerbError
-from shadowvol.agent.metrics.address import MetricsAddress, chosen_metrics_address
-from shadowvol.agent.paths import SettingsError
+from shadowvol.agent.errors import FAILED, REFUSED, VerbError
 from shadowvol.cli.invocation import Invocation, pass_invocation
 from shadowvol.cli.units import CACHE, DURATION, SIZE, format_bytes
 
@@ -80,7 +78,7 @@ def up(invocation: Invocation, names: tuple[str, ...]) -> None:
         return
     for name in wanted:
         invocation.check_volume_name(name)
-    _metrics_address(None)
+    invocation.agent_settings({})  # an agent that this starts could only refuse them
     invocation.prepare()
     settings = invocation.settings
     try:
@@ -129,28 +127,29 @@ def _chosen(invocation: Invocation, names: tuple[str, ...]) -> list[str]:
 
 
 @click.command()
+@click.option("--log-level", metavar="LEVEL", help="error, warning, info or debug.  [default: info]")
+@click.option("--socket-group", metavar="GROUP", help="Who may connect to volumes' sockets, besides the owner.")
+@click.option("--socket-mode", metavar="MODE", help="Mode of volumes' sockets.  [default: 0600; 0660 with a group]")
 @click.option(
     "--metrics",
     metavar="ADDRESS:PORT",
     help="Serve metrics for Prometheus there; PORT alone: on loopback (SHADOWVOL_METRICS).  [default: none]",
 )
 @pass_invocation
-def agent(invocation: Invocation, metrics: str | None) -> int:
+def agent(
+    invocation: Invocation,
+    log_level: str | None,
+    socket_group: str | None,
+    socket_mode: str | None,
+    metrics: str | None,
+) -> int:
     """Be the agent of this host, in the foreground."""
-    address = _metrics_address(metrics)
     from shadowvol.agent.daemon import run_agent
 
+    flags = {"log_level": log_level, "socket_group": socket_group, "socket_mode": socket_mode, "metrics": metrics}
+    settings, agent_settings = invocation.settings, invocation.agent_settings(flags)
     invocation.prepare()
-    settings = invocation.settings
-    return run_agent(settings.home, settings.state_url, settings.host, address)
-
-
-def _metrics_address(flag: str | None) -> MetricsAddress | None:
-    """Refused here, before an agent is started that would refuse it."""
-    try:
-        return chosen_metrics_address(flag, os.environ)
-    except SettingsError as error:
-        raise VerbError(BAD_INPUT, str(error)) from None
+    return run_agent(settings, agent_settings)
 
 
 @click.command()

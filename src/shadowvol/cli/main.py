@@ -17,6 +17,7 @@ import click
 from shadowvol import __version__
 from shadowvol.agent.errors import BAD_INPUT, FAILED, VerbError
 from shadowvol.cli.invocation import Invocation
+from shadowvol.link import journal
 
 ERROR_LINES_MAX = 2
 ERROR_LINE_CHARACTERS_MAX = 800  # a path may have 4095
@@ -109,7 +110,7 @@ def complain(text: str) -> None:
         half = ERROR_LINE_CHARACTERS_MAX // 2
         shown = line if len(line) <= ERROR_LINE_CHARACTERS_MAX else f"{line[:half]} … {line[-half:]}"
         try:
-            sys.stderr.write(f"shadowvol: {shown}\n")
+            sys.stderr.write(f"{journal.prefix(journal.ERROR)}shadowvol: {shown}\n")
             sys.stderr.flush()
         except OSError:  # nobody can be told; the exit code still tells, unless Python tries again when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -222,28 +222,42 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text)
 
 
-def _swaps() -> Iterator[Footing]:
+def _swaps() -> Iterator[str]:
+    """Paths of what is in use as swap."""
     try:
         lines = Path("/proc/swaps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
     except OSError:
         return
     for line in lines:
-        try:
-            yield footing_of(_unescape(line.split()[0]))
-        except OSError:
-            continue
+        yield _unescape(line.split()[0])
 
 
 def mounted_at(path: str) -> str | None:
     """Where the storage at `path`, or anything that lies on it (loop device, partition, LVM), is mounted; "[swap]"."""
     leg = footing_of(path)
+    return next(_mounts_on(leg), None) or ("[swap]" if any(_swaps_on(leg)) else None)
+
+
+def uses_of(path: str) -> tuple[list[str], list[str]]:
+    """All mount points of what mounted_at() looks at, the oldest mount first, and all swap files and devices."""
+    leg = footing_of(path)
+    return list(_mounts_on(leg)), list(_swaps_on(leg))
+
+
+def _mounts_on(leg: Footing) -> Iterator[str]:
     for mount in mounts():
         mounted = _mount_footing(mount)
         if mounted is not None and mounted.lies_on(leg):
-            return mount.mount_point
-    if any(swap.lies_on(leg) for swap in _swaps()):
-        return "[swap]"
-    return None
+            yield mount.mount_point
+
+
+def _swaps_on(leg: Footing) -> Iterator[str]:
+    for swap in _swaps():
+        try:
+            if footing_of(swap).lies_on(leg):
+                yield swap
+        except OSError:
+            continue
 
 
 def _mount_footing(mount: Mount) -> Footing | None:

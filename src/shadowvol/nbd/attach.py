@@ -26,6 +26,7 @@ from shadowvol.nbd.kernelnbd import DeviceLost, KernelDevice
 __all__ = ["AttachFailed", "BadDevice", "Device", "DeviceInUse", "DeviceLost", "Site"]
 
 _NBD, _LOOP = re.compile(r"/dev/nbd\d+"), re.compile(r"/dev/loop\d+")
+_MARK = "shadowvol"
 _OPENERS_MAX = 3  # named in a refusal
 OPENERS_LIMIT_S, OPENERS_POLL_S = 1.0, 0.1  # udev and its like open a device for a moment
 _PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"))
@@ -69,7 +70,7 @@ class Site:
     def _loop_place(self) -> fuseloop.Place:
         """No volume's socket or lock has such a name: those end with .sock and .lock."""
         base = str(self.run / self.volume)
-        return fuseloop.Place(Path(f"{base}.disk"), Path(f"{base}.attach"), self.socket, self.volume)
+        return fuseloop.Place(Path(f"{base}{fuseloop.SUFFIX}"), Path(f"{base}.attach"), self.socket, self.volume)
 
     def find(self) -> Device | None:
         """What is attached and alive, whoever made it."""
@@ -114,6 +115,20 @@ class Site:
             fuseloop.clear(self._loop_place)
         except (FuseLoopError, OSError) as error:
             raise AttachFailed(str(error)) from None
+
+
+def mark_of(home: Path, volume: str) -> str:
+    """What a device of this volume carries; no volume's name has a blank in it."""
+    return f"{_MARK} {home} {volume}"
+
+
+def attached_devices(home: Path, run: Path) -> list[str]:
+    """Those of all volumes of this home, by what the kernel says; no agent is needed."""
+    by_mark = [device for device, mark in kernelnbd.marks() if mark.rpartition(" ")[0] == f"{_MARK} {home}"]
+    by_file = [
+        device for device, file in fuseloop.backings() if Path(file).parent == run and file.endswith(fuseloop.SUFFIX)
+    ]
+    return by_mark + by_file
 
 
 def check_device(asked: str) -> None:

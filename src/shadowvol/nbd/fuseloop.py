@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ START_LIMIT_S = 40  # for the bridge to be ready
 END_LIMIT_S = 10.0  # for the bridge to end, when its file is unmounted, and when it is killed
 UNBIND_LIMIT_S = 10.0
 POLL_S = 0.02
+SUFFIX = ".disk"  # of the file
 _LOOP_CLR_FD = 0x4C01
 _COMMAND_LIMIT_S = 30
 _PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"))
@@ -206,13 +207,15 @@ def _recorded_pid(place: Place) -> int | None:
 
 
 def _devices_on(file: Path) -> list[str]:
-    """The loop devices over this file. One that goes away when its last user closes it does not count any more."""
-    found = []
+    return [device for device, backing in backings() if backing == str(file)]
+
+
+def backings() -> Iterator[tuple[str, str]]:
+    """Each loop device, and the file it lies on. One that goes away when its last user closes it does not count."""
     for backing in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
-        ours = (blockdev.sys_value(backing) or "").removesuffix(" (deleted)") == str(file)
-        if ours and blockdev.sys_value(backing.with_name("autoclear")) != "1":
-            found.append(f"/dev/{backing.parent.parent.name}")
-    return found
+        if blockdev.sys_value(backing.with_name("autoclear")) != "1":
+            file = (blockdev.sys_value(backing) or "").removesuffix(" (deleted)")
+            yield f"/dev/{backing.parent.parent.name}", file
 
 
 def _is_free(device: str) -> bool:

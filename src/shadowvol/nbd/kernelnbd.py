@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from shadowvol.nbd import handshake, netlink
@@ -68,14 +69,18 @@ def is_connected(device: str) -> bool:
 
 def find(mark: str) -> str | None:
     """The connected device that carries this mark."""
+    return next((device for device, marked in marks() if marked == mark), None)
+
+
+def marks() -> Iterator[tuple[str, str]]:
+    """Each connected device that carries a mark, and the mark."""
     for file in sorted(Path("/sys/block").glob("nbd*/backend")):
         try:
             marked = file.read_text(encoding="utf-8", errors="replace").rstrip("\n")
         except OSError:
             continue
-        if marked == mark and is_connected(file.parent.name):
-            return f"/dev/{file.parent.name}"
-    return None
+        if is_connected(file.parent.name):
+            yield f"/dev/{file.parent.name}", marked
 
 
 class KernelDevice:

@@ -6,7 +6,6 @@ Nothing that is raised here ends the process.
 """
 
 import errno
-import logging
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 
 import nbdkit
 
+from shadowvol.link import logs
 from shadowvol.nbd.member import TRACE_FRAMES, GoingDown, Member, MemberSpec
 from shadowvol.nbd.serve import LISTEN_FD, lock_memory
 
@@ -83,7 +83,7 @@ def after_fork() -> None:
     assert _spec is not None
     lock_memory()
     _die_at_once()
-    logging.basicConfig(format="%(name)s: %(message)s")  # to stderr, which is the agent's log
+    logs.configure()
     member = Member(_spec, _listen_fd, _no_filter)
     data = member.data
     member.start()

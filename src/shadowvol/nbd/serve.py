@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import fcntl
 import json
+import logging
 import os
 import sys
 import sysconfig
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import shadowvol
+from shadowvol.link import logs
 from shadowvol.nbd.filter.usable import usable_filter
 
 LISTEN_FD = 3  # what socket activation hands over, by its convention
@@ -34,6 +36,8 @@ _OOM_SCORE_ADJUST = -900  # among the last to go
 _PR_SET_IO_FLUSHER = 57
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _CAP_IPC_LOCK = 14
+
+_logger = logging.getLogger("shadowvol.member")
 
 
 def member_argv(
@@ -84,13 +88,13 @@ def _take_lock(path: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        _give_up(f"{path} is held: this member, or its predecessor, is still running", LOCK_HELD_EXIT)
+        _give_up(path, f"{path} is held: this member, or its predecessor, is still running", LOCK_HELD_EXIT)
     if not os.path.exists(path) or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-        _give_up(f"{path} was removed meanwhile: the volume is deleted", LOCK_HELD_EXIT)
+        _give_up(path, f"{path} was removed meanwhile: the volume is deleted", LOCK_HELD_EXIT)
 
 
-def _give_up(reason: str, code: int = 1) -> NoReturn:
-    sys.stderr.write(f"shadowvol: {reason}\n")
+def _give_up(lock_path: str, reason: str, code: int = 1) -> NoReturn:
+    _logger.error("%s: %s", Path(lock_path).stem, reason)  # NAME.lock
     raise SystemExit(code)
 
 
@@ -136,10 +140,11 @@ def main() -> NoReturn:
     parser.add_argument("--threads", type=int, default=THREADS_DEFAULT)
     parser.add_argument("--detach", action="store_true")
     options = parser.parse_args()
+    logs.configure()
     try:
         serve(options.listen_fd, options.lock, options.spec, options.threads, options.detach)
     except OSError as error:
-        _give_up(f"cannot start the member: {error}")
+        _give_up(options.lock, f"cannot start the member: {error}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
 import ipaddress
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shadowvol.agent.paths import SettingsError
 
-METRICS_VARIABLE = "SHADOWVOL_METRICS"
 LOOPBACK = "127.0.0.1"
 _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 
@@ -51,19 +49,6 @@ def parse_metrics_address(text: str) -> MetricsAddress:
     if parsed.is_multicast:
         raise _wrong(text, f"{parsed} is a multicast address")
     return MetricsAddress(str(parsed), int(port))
-
-
-def chosen_metrics_address(flag: str | None, environment: Mapping[str, str]) -> MetricsAddress | None:
-    """The flag, else the environment; None: no metrics. Raises SettingsError."""
-    if flag is not None:
-        return parse_metrics_address(flag)
-    found = environment.get(METRICS_VARIABLE)
-    if not found:
-        return None
-    try:
-        return parse_metrics_address(found)
-    except SettingsError as error:
-        raise SettingsError(f"{METRICS_VARIABLE}: {error}") from None
 
 
 def _wrong(text: str, why: str) -> SettingsError:
