@@ -11,7 +11,6 @@ from pathlib import Path
 import nbd
 import pytest
 
-from shadowvol.agent.metrics.address import METRICS_VARIABLE
 from shadowvol.agent.metrics.endpoint import CONNECTIONS_MAX
 from tests.support.load import KIB, MIB, Fio
 from tests.support.poll import wait_for
