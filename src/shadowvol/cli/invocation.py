@@ -125,6 +125,15 @@ class Invocation:
             click.echo(f"shadowvol: {text}", err=True)
         return sound
 
+    def recorded_names(self) -> list[str]:
+        """Of all volumes, also of those that do not check out."""
+        from shadowvol.agent.volumes import read_volumes
+
+        if self._nothing_recorded():
+            return []
+        sound, damaged = self.on_record(read_volumes)
+        return sorted({*sound, *damaged})
+
     def record(self, name: str) -> "VolumeRecord":
         from shadowvol.agent.volumes import read_volume
 

@@ -11,14 +11,23 @@ from shadowvol.agent import client
 from shadowvol.agent.errors import BAD_INPUT, FAILED, REFUSED, VerbError
 from shadowvol.agent.metrics.address import MetricsAddress, chosen_metrics_address
 from shadowvol.agent.paths import SettingsError
+from shadowvol.cli.completion import paths, volume_argument
 from shadowvol.cli.invocation import Invocation, pass_invocation
 from shadowvol.cli.units import CACHE, DURATION, SIZE, format_bytes
 
 
 @click.command()
 @click.argument("name")
-@click.option("--source", required=True, metavar="LEG", help="The storage in use now: a file or block device.")
-@click.option("--target", required=True, metavar="LEG", help="The new storage, at least as large.")
+@click.option(
+    "--source",
+    required=True,
+    metavar="LEG",
+    shell_complete=paths,
+    help="The storage in use now: a file or block device.",
+)
+@click.option(
+    "--target", required=True, metavar="LEG", shell_complete=paths, help="The new storage, at least as large."
+)
 @click.option("--kind", type=click.Choice(["block", "tree"]), default="block", show_default=True)
 @click.option("--region-size", type=SIZE, metavar="SIZE", help="Unit of the map; a power of two.  [default: 1MiB]")
 @click.option("--provision", is_flag=True, help="Make the target: a sparse file of the source's size.")
@@ -70,7 +79,7 @@ def create(
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[NAME…]")
+@volume_argument("names", nargs=-1, metavar="[NAME…]")
 @pass_invocation
 def up(invocation: Invocation, names: tuple[str, ...]) -> None:
     """Open volumes on this host (default: all). Prints an NBD URI for each when it serves."""
@@ -103,7 +112,7 @@ def up(invocation: Invocation, names: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[NAME…]")
+@volume_argument("names", nargs=-1, metavar="[NAME…]")
 @click.option("--force", is_flag=True, help="Also with clients connected.")
 @pass_invocation
 def down(invocation: Invocation, names: tuple[str, ...], force: bool) -> None:
@@ -154,7 +163,7 @@ def _metrics_address(flag: str | None) -> MetricsAddress | None:
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @click.option("--force", is_flag=True, help="Bring it down first, also with clients connected.")
 @pass_invocation
 def delete(invocation: Invocation, name: str, force: bool) -> None:
