@@ -1,4 +1,4 @@
-"""Completion as a person meets it: a shell on a terminal that has sourced what `shadowvol completion` prints, and Tab."""
+"""Completion as a person meets it: a shell on a terminal that sourced what `shadowvol completion` prints, and Tab."""
 
 import os
 import pty

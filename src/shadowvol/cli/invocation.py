@@ -107,6 +107,12 @@ class Invocation:
 
         return trio.run(run)
 
+    def on_record_if_any(self, work: "Callable[[Coordinator | None], Awaitable[T]]") -> T:
+        """The same, with None where there is no record yet; none is made."""
+        import trio
+
+        return trio.run(work, None) if self._nothing_recorded() else self.on_record(work)
+
     def _nothing_recorded(self) -> bool:
         """There is no record yet: looking must not make one."""
         scheme, _, path = self.settings.state_url.partition(":")

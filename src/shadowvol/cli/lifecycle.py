@@ -36,6 +36,7 @@ from shadowvol.cli.units import CACHE, DURATION, SIZE, format_bytes
 @click.option("--verify-copy", is_flag=True, help="Read back and compare what was copied.")
 @click.option("--leg-timeout", type=DURATION, metavar="TIME", help="For legs on a network; files and disks have none.")
 @click.option("--force", is_flag=True, help="Take a target that carries a file system, LVM or RAID signature.")
+@click.option("--dry-run", is_flag=True, help="Check everything, record and make nothing.")
 @pass_invocation
 def create(
     invocation: Invocation,
@@ -50,12 +51,14 @@ def create(
     verify_copy: bool,
     leg_timeout: float | None,
     force: bool,
+    dry_run: bool,
 ) -> None:
     """Record a new volume; nothing is copied yet."""
     invocation.check_volume_name(name)
     from shadowvol.agent.volumes import create_volume
 
-    invocation.prepare()
+    if not dry_run:
+        invocation.prepare()
     work = partial(
         create_volume,
         name=name,
@@ -68,14 +71,13 @@ def create(
         target_cache=target_cache,
         verify_copy=verify_copy,
         force=force,
+        dry_run=dry_run,
     )
     if leg_timeout is not None:
         click.echo("shadowvol: note: --leg-timeout is for legs on a network; files and disks have none", err=True)
-    config = invocation.on_record(work)
-    click.echo(
-        f"created volume {name}: {format_bytes(config.size_bytes)}, {config.source.uri} -> {config.target.uri}; "
-        f"next: {invocation.command('up', name)}"
-    )
+    config = invocation.on_record_if_any(work) if dry_run else invocation.on_record(work)
+    what = f"volume {name}: {format_bytes(config.size_bytes)}, {config.source.uri} -> {config.target.uri}"
+    click.echo(f"would create {what}" if dry_run else f"created {what}; next: {invocation.command('up', name)}")
 
 
 @click.command()
