@@ -15,7 +15,7 @@ from tests.support.product import MIB, Product, Volume, make_source
 
 SIZE_BYTES = 16 * MIB
 SEED = 2009
-BACKUPS = 10
+BACKUPS = 6
 MARK, UNMARK = "PRAGMA application_id = 0x53564255", "PRAGMA application_id = 0x53565243"
 
 

@@ -193,8 +193,8 @@ class StateFile:
             return True
         if application_id == BACKUP_ID:
             raise RecordDamaged(
-                f"{self.path} is a backup: served from it, a volume that was up since may lose writes; what to do is in "
-                "docs/shadowvol.1.md, Backup of the record"
+                f"{self.path} is a backup: served from it, a volume that was up since may lose writes; "
+                "docs/shadowvol.1.md, Backup of the record, says what to do"
             )
         if application_id != APPLICATION_ID:
             raise RecordDamaged(f"{self.path} is an SQLite database, but not a record of shadowvol")
