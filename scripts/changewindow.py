@@ -83,15 +83,15 @@ class Shadowvol:
             start_new_session=True,
         )
 
-    def run(self, *words: str) -> Ended:
-        """A verb from its beginning to its end."""
+    def run(self, *words: str, limit_s: float = VERB_LIMIT_S) -> Ended:
+        """A verb from its beginning to its end. Past the limit it is not waited for any more; the agent may go on."""
         process = self.start(*words)
         try:
-            out, err = process.communicate(timeout=VERB_LIMIT_S)
+            out, err = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            return Ended(TIMED_OUT, "", f"{words[0]} has not ended within {VERB_LIMIT_S:g} s; it may go on")
+            return Ended(TIMED_OUT, "", f"{words[0]} has not ended within {limit_s:.3g} s; it may go on")
         return ended(process.returncode, out, err)
 
     def status(self, name: str) -> dict[str, Any]:
@@ -247,6 +247,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser(script: str, text: str) -> Parser:
     """With what both scripts take. `text` is the script's docstring, and is its help."""
+    _have_streams()
     made = Parser(
         prog=script,
         description=text,
@@ -259,6 +260,14 @@ def parser(script: str, text: str) -> Parser:
     made.add_argument("--log", metavar="FILE", type=Path, help="append each event, with its time, to FILE")
     made.add_argument("--dry-run", action="store_true", help="check, and print what would be run; change nothing")
     return made
+
+
+def _have_streams() -> None:
+    """A shell may have closed them (`>&-`): then Python has None there, and the next file opened gets the number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def not_empty(text: str) -> str:

@@ -158,7 +158,7 @@ def test_it_goes_on_only_from_where_it_may(
     volume.run("resume")
     run_script(product, tmp_path, "migrate", "v", "--rate", "none").ends(0)
     volume.run("cutover")
-    run_script(product, tmp_path, "migrate", "v").ends(0, "reads come from target", "shadowvol commit v")
+    run_script(product, tmp_path, "migrate", "v").ends(0, "reads come from target", "commit v")
     volume.run("commit")
     refused(3, "its migration is over", "v")
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from tests.support.endings import Keep, picture
 from tests.support.load import KeepingClient
 from tests.support.loopdev import small_disk
+from tests.support.poll import wait_for
 from tests.support.product import MIB, Product, Volume, make_source
-from tests.support.script import Script, run_script
+from tests.support.script import SCRIPTS, Script, run_script
 
 SIZE_BYTES = 16 * MIB
 SEED = 1005
@@ -152,6 +154,32 @@ def test_an_agent_that_stays_away_is_started_for_the_undo(
         journal = script.ends(8, "undone because: no agent is running", "reads from the source")
     assert "waiting up to 1 s" in journal and " up v" in journal
     assert volume.phase == ("synced", "source")
+
+
+def test_an_undo_that_does_not_succeed_says_what_to_do(volume: Volume, tmp_path: Path, started: list[Script]) -> None:
+    """The member is stopped and answers nobody. When it goes on, the undo that the agent has begun is done."""
+    member = volume.product.pid("v", "member")
+    bad = tmp_path / "bad"
+    check = ("--check", f"test ! -e {bad}", "--check-every", "0.2", "--undo-on-failure", "--undo-timeout", "1")
+    script = Script(volume.product, tmp_path, "switch", "v", "--soak", "60", *check)
+    started.append(script)
+    script.wait_output("soak for")
+    os.kill(member, signal.SIGSTOP)
+    try:
+        bad.touch()
+        script.ends(9, "not undone", "reads from the target, and its undo is under way", "by hand: shadowvol --home")
+    finally:
+        os.kill(member, signal.SIGCONT)
+    wait_for(lambda: volume.phase == ("synced", "source"), 60, "the undo is done")
+
+
+@pytest.mark.parametrize("place", [">&- 2>&- <&-", ">/dev/full 2>/dev/full"])
+def test_no_place_for_its_output_changes_nothing_about_what_it_does(volume: Volume, tmp_path: Path, place: str) -> None:
+    log = tmp_path / "log"
+    command = f"{SCRIPTS}/switch --home {volume.product.home} v --soak 1 --log {log} {place}"
+    assert subprocess.run(["/bin/sh", "-c", command], timeout=60, check=False).returncode == 0
+    assert log.read_text().splitlines()[-1].endswith("(exit code 0)")
+    assert volume.phase == ("synced", "target")
 
 
 def test_a_source_that_is_not_healthy_is_no_place_to_go_back_to(volume: Volume, tmp_path: Path) -> None:
