@@ -101,9 +101,10 @@ def test_a_lost_record_is_made_anew_from_the_leg_that_has_everything(
     try:
         _lead_to(volume, lost)
         load.wait_acknowledged(50)
+        shutil.rmtree(product.home)
+        load.wait_acknowledged(50)  # settled I/O goes on
     finally:
         load.stop()
-    shutil.rmtree(product.home)
     product.end()  # every process whose command line names the home
 
     config = told_by(tmp_path / "backup.sqlite", "config")

@@ -227,7 +227,7 @@ def test_interrupted_in_the_cutover_it_is_a_whole_one(volume: Volume, tmp_path: 
     ("keys", "code", "said", "stands"),
     [
         ("commit\r", 0, "committed", ("committed", "target")),
-        ("what\rk\r", 0, "kept", ("synced", "target")),
+        ("what\rc\rk\r", 0, "kept", ("synced", "target")),
         ("undo\r", 8, "undone because: asked for", ("synced", "source")),
         ("\x04", 7, "interrupted (end of the terminal's input)", ("synced", "target")),
         ("\x03", 7, "interrupted (SIGINT)", ("synced", "target")),
@@ -236,8 +236,11 @@ def test_interrupted_in_the_cutover_it_is_a_whole_one(volume: Volume, tmp_path: 
 def test_on_a_terminal_it_asks_after_the_soak(
     volume: Volume, tmp_path: Path, started: list[Script], keys: str, code: int, said: str, stands: tuple[str, str]
 ) -> None:
+    """Keys that were typed before it asked are no answer, and "c" is no commit."""
     script = Script(volume.product, tmp_path, "switch", "v", "--soak", "1", terminal=True)
     started.append(script)
+    script.wait_output("soak for")
+    script.types("commit\r")
     script.wait_output("commit, keep or undo?")
     script.types(keys)
     script.ends(code, said)
