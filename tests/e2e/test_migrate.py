@@ -51,11 +51,12 @@ def test_a_new_volume_is_synced_under_load_by_the_commands_that_a_dry_run_shows(
     product: Product, legs: Path, tmp_path: Path, words: list[str], started: list[Script]
 ) -> None:
     """The dry run makes nothing, not even the home; the journal is in the log as well."""
+    options = ("--rate", "8MiB/s", "--min-rate", "1MiB/s", "--impact", "max", "--region-size", "64KiB")
     before = picture([product], legs)
-    dry = run_script(product, tmp_path, "migrate", *words, "--rate", "8MiB/s", "--dry-run").ends(0, "nothing was")
+    dry = run_script(product, tmp_path, "migrate", *words, *options, "--dry-run").ends(0, "nothing was")
     assert picture([product], legs) == before and not product.home.exists()
 
-    script = Script(product, tmp_path, "migrate", *words, "--rate", "8MiB/s", "--log", str(tmp_path / "log"))
+    script = Script(product, tmp_path, "migrate", *words, *options, "--log", str(tmp_path / "log"))
     started.append(script)
     script.wait_output("wait v --for synced")
     volume = the_volume(product, legs)
