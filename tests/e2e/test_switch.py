@@ -65,7 +65,7 @@ def test_a_good_soak_is_committed_under_load(volume: Volume, tmp_path: Path) -> 
         journal = script.ends(0, "committed", "undo v is possible still")
     assert "cut over: reads come from the target; writes were held for" in journal
     assert (tmp_path / "log").read_text() == journal
-    assert len(runs.read_text().splitlines()) >= 3  # before the cutover, and twice in two seconds at least
+    assert len(runs.read_text().splitlines()) >= 2  # before the cutover, and in the soak
     assert volume.phase == ("committed", "target")
 
 
