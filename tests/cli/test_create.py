@@ -15,9 +15,11 @@ Leg = Callable[..., Path]
 def refuse(
     shadowvol: Shell, source: Path | str, target: Path | str, *words: str, options: tuple[str, ...] = ()
 ) -> None:
-    """Refused as bad input, with these words, and nothing is recorded."""
+    """Refused as bad input, with these words, by --dry-run as well; and nothing is recorded."""
     before = shadowvol.recorded()
-    shadowvol.inside("create", "v", "--source", source, "--target", target, *options).refused(2, *words)
+    command = ("create", "v", "--source", source, "--target", target, *options)
+    shadowvol.inside(*command, "--dry-run").refused(2, *words)
+    shadowvol.inside(*command).refused(2, *words)
     assert shadowvol.recorded() == before
 
 
@@ -29,6 +31,19 @@ def test_a_volume_is_recorded_and_the_next_command_is_told(shadowvol: Shell, leg
     assert (status["phase"], status["preferred"], status["size_bytes"]) == ("setup", "source", 8 * MIB)
     assert (status["regions_total"], status["regions_source_ok"], status["regions_target_ok"]) == (8, 8, 0)
     assert shadowvol.home.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_dry_run_says_what_would_be_created_and_makes_nothing(shadowvol: Shell, leg: Leg) -> None:
+    """Neither the record, nor the home, nor the target."""
+    legs = ("--source", leg("a"), "--target", "b", "--provision")
+    there = sorted(os.listdir(shadowvol.folder))
+    out = shadowvol.good("create", "v", *legs, "--dry-run")
+    assert "would create volume v: 8 MiB" in out
+    assert sorted(os.listdir(shadowvol.folder)) == there
+    shadowvol.good("create", "v", *legs)
+    before = shadowvol.recorded()
+    shadowvol("create", "w", "--source", "a", "--target", "c", "--provision", "--dry-run").refused(2, "of volume v")
+    assert shadowvol.recorded() == before
 
 
 def test_relative_paths_start_where_the_command_was_given(shadowvol: Shell, leg: Leg) -> None:

@@ -4,7 +4,8 @@ from shadowvol.core.geometry import MIB
 from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.records import LegRecord, VolumeConfig, VolumeRecord, VolumeState
 from shadowvol.core.regionmap import RegionMap
-from shadowvol.core.windows import COPY_LONG_S, COPY_SHORT_S, Limits, fit_next_window, next_window_bytes
+from shadowvol.core.windows import Limits
+from shadowvol.core.windowsize import COPY_LONG_S, COPY_SHORT_S, fit_next_window, next_window_bytes
 
 LIMITS = Limits()
 

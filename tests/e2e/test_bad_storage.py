@@ -4,8 +4,11 @@ Each test keeps how its commands ended for the table of exit codes (tests/e2e/co
 """
 
 import os
+import sqlite3
 import subprocess
+import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import nbd
@@ -20,6 +23,7 @@ from tests.support.product import MIB, Product, Volume, make_source
 
 SIZE_BYTES = 32 * MIB
 SMALL_BYTES = 4 * MIB
+ZONE_BYTES = 16 * MIB
 SEED = 815
 
 
@@ -124,6 +128,50 @@ def _backing_off(volume: Volume) -> str:
 def _degraded(volume: Volume) -> dict[str, str]:
     leg: dict[str, str] = volume.status()["legs"]["target"]
     return leg if leg["health"] == "degraded" else {}
+
+
+# ---------------------------------------------------------------- the record
+
+
+def test_a_record_that_cannot_be_written_stops_no_settled_io(product: Product, legs: Path, keep: Keep) -> None:
+    """Another program holds it locked. A write to a zone that was not in use waits, verbs say why; then all goes on."""
+    volume = Volume.make(product, make_source(legs / "source", 2 * ZONE_BYTES), legs / "target")
+    volume.run("start")
+    volume.wait_synced()
+    load = KeepingClient(volume.uri, ZONE_BYTES, seed=SEED, threads=2)
+    elsewhere = nbd.NBD()
+    elsewhere.connect_uri(volume.uri)
+    try:
+        load.wait_acknowledged(50)
+        with closing(sqlite3.connect(product.home / "state.sqlite", isolation_level=None)) as holder:
+            holder.execute("BEGIN IMMEDIATE")
+            waiting = threading.Thread(target=elsewhere.pwrite, args=(b"\x66" * 4096, ZONE_BYTES), daemon=True)
+            waiting.start()
+            ended = command(product, "pause v")  # it is under way when this is noticed
+            keep("record locked", "pause v", ended.code, ended.line)
+            assert ended.code in (1, 6) and ended.line, (ended, product.log())
+            told = wait_for(lambda: unreachable(command(product, "cutover v")), 30, "the agent says what is wrong")
+            assert told is not None
+            keep("record locked", "cutover v", told.code, told.line.replace(f"{product.home}/", ""))
+            load.wait_acknowledged(50)
+            assert waiting.is_alive() and volume.phase == ("synced", "source")
+            holder.execute("ROLLBACK")
+        waiting.join(30)
+        assert not waiting.is_alive()
+        wait_for(lambda: command(product, "cutover v").code == 0, 30, "verbs are done again")
+        load.wait_acknowledged(50)
+    finally:
+        load.stop()
+    elsewhere.shutdown()
+    volume.run("resume")  # whether the pause was recorded is not told
+    volume.wait_synced()
+    for leg in (volume.source, volume.target):
+        load.check_file(leg)
+        assert leg.read_bytes()[ZONE_BYTES : ZONE_BYTES + 4096] == b"\x66" * 4096
+
+
+def unreachable(ended: Ended) -> Ended | None:
+    return ended if ended.code == 6 and "the record of truth cannot be reached" in ended.line else None
 
 
 # ---------------------------------------------------------------- legs that have changed between two starts

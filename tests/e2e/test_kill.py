@@ -9,6 +9,7 @@ from tests.support.load import KeepingClient
 from tests.support.product import MIB, Product, Volume, make_source
 
 SIZE_BYTES = 192 * MIB
+SMALL_BYTES = 32 * MIB
 SEED = 20260
 
 
@@ -73,3 +74,22 @@ def test_agent_and_member_killed_together_are_back_with_one_command(product: Pro
     client.check_file(volume.source)
     client.check_file(volume.target)
     volume.assert_legs_equal()
+
+
+def test_a_member_killed_after_the_commit_loses_nothing(product: Product, legs: Path) -> None:
+    """The volume stays committed and is served from the target, which alone is written."""
+    volume = Volume.make(product, make_source(legs / "source", SMALL_BYTES), legs / "target")
+    volume.run("start")
+    volume.wait_synced()
+    volume.run("cutover")
+    volume.run("commit")
+    source = volume.source.read_bytes()
+    client = KeepingClient(volume.uri, SMALL_BYTES, seed=SEED)
+    try:
+        client.wait_acknowledged(50)
+        rounds(volume, client, ("member",), 3)
+    finally:
+        client.stop()
+    assert client.reconnects > 0 and volume.phase == ("committed", "target")
+    client.check_file(volume.target)
+    assert volume.source.read_bytes() == source

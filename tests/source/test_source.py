@@ -295,10 +295,12 @@ def test_tests_wait_only_in_the_poll_helper() -> None:
     none_of(offences_in(files, timed_waits))
 
 
-def test_two_places_read_the_time_of_day() -> None:
-    """It may be set back by hours: it makes incarnations, besides a count that only grows, and times that are shown."""
+def test_few_places_read_the_time_of_day() -> None:
+    """It may be set back by hours: it makes incarnations, besides a count that only grows; times that are shown; and
+    deadlines of an operator, which are times of the day."""
     found = [offence.partition(":")[0] for offence in offences_in(python_files(SRC), wall_clocks)]
-    assert sorted(found) == ["src/shadowvol/agent/dataplane.py", "src/shadowvol/agent/volume.py"]
+    agent, deadlines = ["dataplane.py", "pacing.py", "volume.py"], ["src/shadowvol/cli/units.py"]
+    assert sorted(found) == [f"src/shadowvol/agent/{name}" for name in agent] + deadlines
 
 
 def test_only_the_command_line_prints() -> None:

@@ -63,7 +63,7 @@ T = TypeVar("T")
 
 
 async def create_volume(
-    coordinator: Coordinator,
+    coordinator: Coordinator | None,
     *,
     name: str,
     source: str,
@@ -77,8 +77,13 @@ async def create_volume(
     force: bool = False,
     directory: str | None = None,
     description: str = "",
+    dry_run: bool = False,
 ) -> VolumeConfig:
-    """Record a new volume. Relative legs start at `directory` (default: the current one). Raises VerbError."""
+    """Record a new volume. Relative legs start at `directory` (default: the current one). Raises VerbError.
+
+    With `dry_run` everything is checked and nothing recorded or made; only then may `coordinator` be None (there is no
+    record yet), and the identity of a target that is still to be made is empty.
+    """
     check_name(name)
     if kind != "block":
         raise VerbError(BAD_INPUT, f"volumes of kind {kind} are not in this version of shadowvol; there is block")
@@ -92,10 +97,12 @@ async def create_volume(
         facts = await _in_thread(partial(_look, "source", source_path))
         region_bytes = region_size or region_bytes_for(facts.size_bytes)
         _check_region_count(facts.size_bytes, region_bytes)
-        made = await _in_thread(partial(_provision, target_path, facts.size_bytes)) if provision else None
+        make = partial(_check_can_be_made if dry_run else _provision, target_path, facts.size_bytes)
+        made = await _in_thread(make) if provision else None
         undo_made = undo.enter_context(_Removal(made))
-        target_facts = await _in_thread(partial(_look_at_target, target_path, facts.size_bytes, force))
-        legs = {"source": facts, "target": target_facts}
+        legs = {"source": facts}
+        if not (dry_run and provision):
+            legs["target"] = await _in_thread(partial(_look_at_target, target_path, facts.size_bytes, force))
         await _in_thread(partial(_check_other_volumes, entries, legs, None))  # one that is up has claimed them
         for role, leg in legs.items():
             undo.enter_context(await _in_thread(partial(_Claim, role, leg.path)))
@@ -108,12 +115,17 @@ async def create_volume(
             facts.size_bytes,
             region_bytes,
             _record(facts, source_cache),
-            _record(target_facts, target_cache),
+            _record(legs["target"], target_cache)
+            if "target" in legs
+            else LegRecord(target_path, "", facts.size_bytes, target_cache),
             geometry.block_bytes,
             geometry.zone_bytes,
             verify_copy,
             description,
         )
+        if dry_run:
+            return config
+        assert coordinator is not None
         if not await _commit(coordinator, creation_txn(config), undo_made):
             raise VerbError(BAD_INPUT, f"there is a volume {name} already")
         undo_made.keep()
@@ -251,7 +263,9 @@ def _stands(record: VolumeRecord) -> str:
     return f"volume {name} is in phase {phase}; {onward}"
 
 
-async def _read(coordinator: Coordinator, prefix: str) -> dict[str, Entry]:
+async def _read(coordinator: Coordinator | None, prefix: str) -> dict[str, Entry]:
+    if coordinator is None:
+        return {}
     try:
         return (await coordinator.read(prefix)).entries
     except CoordinatorUnreachable as error:
@@ -424,10 +438,27 @@ class _Removal:
             os.unlink(self.path)
 
 
-def _provision(path: str, size_bytes: int) -> str:
-    """Make the target: a sparse file, durable before it is recorded. Returns its path."""
+def _check_can_be_made(path: str, size_bytes: int) -> None:
+    """Whether _provision would make the target, as far as that can be told without making it. It is sparse, so room
+    for `size_bytes` is no condition."""
+    _check_is_no_device(path)
+    folder = os.path.dirname(path)
+    if os.path.lexists(path):
+        raise VerbError(BAD_INPUT, f"target {path} exists already; leave out --provision to use it")
+    if not os.path.isdir(folder):
+        raise VerbError(BAD_INPUT, f"target {path} cannot be made: there is no directory {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise VerbError(BAD_INPUT, f"target {path} cannot be made: no permission to write in {folder}, or read-only")
+
+
+def _check_is_no_device(path: str) -> None:
     if path.startswith("/dev/") and not path.startswith("/dev/shm/"):
         raise VerbError(BAD_INPUT, f"target {path}: --provision makes files, not devices")
+
+
+def _provision(path: str, size_bytes: int) -> str:
+    """Make the target: a sparse file, durable before it is recorded. Returns its path."""
+    _check_is_no_device(path)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:

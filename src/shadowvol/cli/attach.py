@@ -3,11 +3,12 @@
 import click
 
 from shadowvol.agent.errors import FAILED, VerbError
+from shadowvol.cli.completion import volume_argument
 from shadowvol.cli.invocation import Invocation, pass_invocation
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @click.option(
     "--device", metavar="DEVICE", help="/dev/nbdN, or /dev/loopN without the nbd driver.  [default: a free one]"
 )
@@ -22,7 +23,7 @@ def attach(invocation: Invocation, name: str, device: str | None) -> None:
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @pass_invocation
 def detach(invocation: Invocation, name: str) -> None:
     """Take the block device down again, once nobody uses it."""

@@ -117,6 +117,12 @@ class Invocation:
 
         return trio.run(run)
 
+    def on_record_if_any(self, work: "Callable[[Coordinator | None], Awaitable[T]]") -> T:
+        """The same, with None where there is no record yet; none is made."""
+        import trio
+
+        return trio.run(work, None) if self._nothing_recorded() else self.on_record(work)
+
     def _nothing_recorded(self) -> bool:
         """There is no record yet: looking must not make one."""
         scheme, _, path = self.settings.state_url.partition(":")
@@ -134,6 +140,15 @@ class Invocation:
         for text in damaged.values():
             click.echo(f"shadowvol: {text}", err=True)
         return sound
+
+    def recorded_names(self) -> list[str]:
+        """Of all volumes, also of those that do not check out."""
+        from shadowvol.agent.volumes import read_volumes
+
+        if self._nothing_recorded():
+            return []
+        sound, damaged = self.on_record(read_volumes)
+        return sorted({*sound, *damaged})
 
     def record(self, name: str) -> "VolumeRecord":
         from shadowvol.agent.volumes import read_volume

@@ -9,14 +9,23 @@ import click
 
 from shadowvol.agent import client
 from shadowvol.agent.errors import FAILED, REFUSED, VerbError
+from shadowvol.cli.completion import paths, volume_argument
 from shadowvol.cli.invocation import Invocation, pass_invocation
 from shadowvol.cli.units import CACHE, DURATION, SIZE, format_bytes
 
 
 @click.command()
 @click.argument("name")
-@click.option("--source", required=True, metavar="LEG", help="The storage in use now: a file or block device.")
-@click.option("--target", required=True, metavar="LEG", help="The new storage, at least as large.")
+@click.option(
+    "--source",
+    required=True,
+    metavar="LEG",
+    shell_complete=paths,
+    help="The storage in use now: a file or block device.",
+)
+@click.option(
+    "--target", required=True, metavar="LEG", shell_complete=paths, help="The new storage, at least as large."
+)
 @click.option("--kind", type=click.Choice(["block", "tree"]), default="block", show_default=True)
 @click.option("--region-size", type=SIZE, metavar="SIZE", help="Unit of the map; a power of two.  [default: 1MiB]")
 @click.option("--provision", is_flag=True, help="Make the target: a sparse file of the source's size.")
@@ -25,6 +34,7 @@ from shadowvol.cli.units import CACHE, DURATION, SIZE, format_bytes
 @click.option("--verify-copy", is_flag=True, help="Read back and compare what was copied.")
 @click.option("--leg-timeout", type=DURATION, metavar="TIME", help="For legs on a network; files and disks have none.")
 @click.option("--force", is_flag=True, help="Take a target that carries a file system, LVM or RAID signature.")
+@click.option("--dry-run", is_flag=True, help="Check everything, record and make nothing.")
 @pass_invocation
 def create(
     invocation: Invocation,
@@ -39,12 +49,14 @@ def create(
     verify_copy: bool,
     leg_timeout: float | None,
     force: bool,
+    dry_run: bool,
 ) -> None:
     """Record a new volume; nothing is copied yet."""
     invocation.check_volume_name(name)
     from shadowvol.agent.volumes import create_volume
 
-    invocation.prepare()
+    if not dry_run:
+        invocation.prepare()
     work = partial(
         create_volume,
         name=name,
@@ -57,18 +69,17 @@ def create(
         target_cache=target_cache,
         verify_copy=verify_copy,
         force=force,
+        dry_run=dry_run,
     )
     if leg_timeout is not None:
         click.echo("shadowvol: note: --leg-timeout is for legs on a network; files and disks have none", err=True)
-    config = invocation.on_record(work)
-    click.echo(
-        f"created volume {name}: {format_bytes(config.size_bytes)}, {config.source.uri} -> {config.target.uri}; "
-        f"next: {invocation.command('up', name)}"
-    )
+    config = invocation.on_record_if_any(work) if dry_run else invocation.on_record(work)
+    what = f"volume {name}: {format_bytes(config.size_bytes)}, {config.source.uri} -> {config.target.uri}"
+    click.echo(f"would create {what}" if dry_run else f"created {what}; next: {invocation.command('up', name)}")
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[NAME…]")
+@volume_argument("names", nargs=-1, metavar="[NAME…]")
 @pass_invocation
 def up(invocation: Invocation, names: tuple[str, ...]) -> None:
     """Open volumes on this host (default: all). Prints an NBD URI for each when it serves."""
@@ -101,7 +112,7 @@ def up(invocation: Invocation, names: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[NAME…]")
+@volume_argument("names", nargs=-1, metavar="[NAME…]")
 @click.option("--force", is_flag=True, help="Also with clients connected.")
 @pass_invocation
 def down(invocation: Invocation, names: tuple[str, ...], force: bool) -> None:
@@ -153,7 +164,7 @@ def agent(
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @click.option("--force", is_flag=True, help="Bring it down first, also with clients connected.")
 @pass_invocation
 def delete(invocation: Invocation, name: str, force: bool) -> None:

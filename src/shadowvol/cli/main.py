@@ -16,6 +16,7 @@ import click
 
 from shadowvol import __version__
 from shadowvol.agent.errors import BAD_INPUT, FAILED, VerbError
+from shadowvol.cli.completion import directories
 from shadowvol.cli.invocation import Invocation
 from shadowvol.link import journal
 
@@ -40,6 +41,7 @@ _MODULES = {
     "attach": ("attach", "detach"),
     "status": ("status",),
     "doctor": ("doctor",),
+    "completion": ("completion",),
 }
 _MODULE_OF = {verb: module for module, verbs in _MODULES.items() for verb in verbs}
 
@@ -48,7 +50,8 @@ class _Verbs(click.Group):
     """Finds each verb in its module, by its name there."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        _refuse_repeated_options(self, ctx, args)
+        if not ctx.resilient_parsing:  # as while a shell completes: what is not whole yet cannot be judged
+            _refuse_repeated_options(self, ctx, args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
@@ -63,7 +66,7 @@ class _Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
-        if command is not None:
+        if command is not None and not ctx.resilient_parsing:
             _refuse_repeated_options(command, click.Context(command, info_name=name, parent=ctx), rest)
         return name, command, rest
 
@@ -91,7 +94,9 @@ def _refuse_repeated_options(command: click.Command, ctx: click.Context, args: l
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     no_args_is_help=False,
 )
-@click.option("--home", metavar="DIR", help="Where this host's agent lives (SHADOWVOL_HOME).")
+@click.option(
+    "--home", metavar="DIR", shell_complete=directories, help="Where this host's agent lives (SHADOWVOL_HOME)."
+)
 @click.option("--state", metavar="URL", help="The record of truth: sqlite:PATH (SHADOWVOL_STATE).")
 @click.option("--host", metavar="NAME", help="The name of this host (SHADOWVOL_HOST).")
 @click.version_option(__version__, prog_name="shadowvol")

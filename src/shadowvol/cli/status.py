@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from shadowvol.cli.completion import volume_argument
 from shadowvol.cli.invocation import Invocation, pass_invocation
 from shadowvol.cli.iotable import io_table, is_quiet
 from shadowvol.cli.units import format_bytes, format_eta
@@ -22,7 +23,7 @@ _HEALTH_STYLE = {"ok": "green", "degraded": "yellow", "failed": "red", "released
 
 
 @click.command()
-@click.argument("name", required=False)
+@volume_argument(required=False)
 @click.option("--watch", is_flag=True, help="A live view, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="One object; without NAME, a list.")
 @pass_invocation

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from shadowvol.agent.errors import BAD_INPUT, FAILED, TIMED_OUT, VerbError, check_name
+from shadowvol.cli.completion import paths, volume_argument
 from shadowvol.cli.invocation import Invocation, pass_invocation
 from shadowvol.cli.units import CACHE, DEADLINE, DURATION, RATE
 from shadowvol.core.throttle import IMPACTS
@@ -22,7 +23,7 @@ def _perform(invocation: Invocation, verb: str, name: str, options: dict[str, An
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @pass_invocation
 def start(invocation: Invocation, name: str) -> None:
     """Begin to copy to the target."""
@@ -30,7 +31,7 @@ def start(invocation: Invocation, name: str) -> None:
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @pass_invocation
 def pause(invocation: Invocation, name: str) -> None:
     """Stop copying; I/O goes on."""
@@ -38,7 +39,7 @@ def pause(invocation: Invocation, name: str) -> None:
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @pass_invocation
 def resume(invocation: Invocation, name: str) -> None:
     """Go on copying."""
@@ -46,7 +47,7 @@ def resume(invocation: Invocation, name: str) -> None:
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @click.option("--early", is_flag=True, help="Also before the copy is complete.")
 @pass_invocation
 def cutover(invocation: Invocation, name: str, early: bool) -> None:
@@ -55,7 +56,7 @@ def cutover(invocation: Invocation, name: str, early: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @click.option("--early", is_flag=True, help="After a commit: before the source is complete again.")
 @pass_invocation
 def undo(invocation: Invocation, name: str, early: bool) -> None:
@@ -64,7 +65,7 @@ def undo(invocation: Invocation, name: str, early: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @click.option("--keep-undo", is_flag=True, help="Keep track, so that even the commit can be undone.")
 @click.option("--force", is_flag=True, help="Also with a source that is not complete.")
 @pass_invocation
@@ -74,7 +75,7 @@ def commit(invocation: Invocation, name: str, keep_undo: bool, force: bool) -> N
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @pass_invocation
 def abort(invocation: Invocation, name: str) -> None:
     """Give the migration up: let the target go."""
@@ -82,8 +83,8 @@ def abort(invocation: Invocation, name: str) -> None:
 
 
 @click.command()
-@click.argument("name")
-@click.option("--target", required=True, metavar="LEG", help="The new target.")
+@volume_argument()
+@click.option("--target", required=True, metavar="LEG", shell_complete=paths, help="The new target.")
 @click.option("--provision", is_flag=True, help="Make it: a sparse file of the volume's size.")
 @click.option("--target-cache", type=CACHE, default="host", help="host: through the page cache; none: O_DIRECT.")
 @click.option("--force", is_flag=True, help="Take one that carries a file system, LVM or RAID signature.")
@@ -104,7 +105,7 @@ def retarget(
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @click.option("--rate", type=RATE, metavar="RATE", help="Copy at most so fast: 200MiB/s; none: no limit.")
 @click.option("--impact", type=click.Choice(IMPACTS), help="How much copying may be felt.")
 @click.option("--min-rate", type=RATE, metavar="RATE", help="But not slower than this, whoever feels it; or none.")
@@ -137,7 +138,7 @@ def throttle(
 
 
 @click.command()
-@click.argument("name")
+@volume_argument()
 @click.option("--for", "phase", required=True, type=click.Choice(["synced", "setup", "copying", "committed"]))
 @click.option("--timeout", "timeout_s", type=DURATION, metavar="SECONDS", help="Exit 5 when it takes longer.")
 @pass_invocation

@@ -47,6 +47,7 @@ from shadowvol.core.txn import Compare, Entry, Holds, Txn
 log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x53565243  # "SVRC": in the file's header, says that this is shadowvol's record
+BACKUP_ID = 0x53564255  # "SVBU": a backup that its maker has marked, so that nobody takes it for the record
 FORMAT = 1  # PRAGMA user_version
 RESERVE_BYTES = 8 << 20  # of log, and of free pages: a recovery that rewrites the map of the largest volume is 2 MiB
 CHECKPOINT_PAGES = 256  # 1 MiB: the log starts anew long before the reserve ends
@@ -190,6 +191,11 @@ class StateFile:
             self._writer.execute("COMMIT")
         if (application_id, file_format, table_count) == (0, 0, 0):
             return True
+        if application_id == BACKUP_ID:
+            raise RecordDamaged(
+                f"{self.path} is a backup: served from it, a volume that was up since may lose writes; "
+                "docs/shadowvol.1.md, Backup of the record, says what to do"
+            )
         if application_id != APPLICATION_ID:
             raise RecordDamaged(f"{self.path} is an SQLite database, but not a record of shadowvol")
         if file_format > FORMAT:

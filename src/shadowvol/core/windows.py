@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shadowvol.core import changes
+from shadowvol.core import changes, windowsize
 from shadowvol.core.geometry import MIB, Run, merge_runs, overlaps, without
 from shadowvol.core.legs import LEG_NAMES, S_OK, SOURCE, T_OK, TARGET, Phase, other
 from shadowvol.core.messages import Close, Drop, Flush, Freeze, HoldBlocks, Open, ReleaseBlocks, SetState, Thaw, Touched
@@ -46,9 +46,6 @@ class Limits:
 
 TOUCHED_ROUNDS_MAX = 3  # rounds without a hold before CLOSE
 PARTS_RETRIED_MAX = 8  # broken holds per window before it gives up
-PACED_S = 1.0  # of copying per window where it is held back: writes to an open window take the slow path
-WINDOWS_PACED = 2  # are enough then: one is copied, the other opens or closes
-COPY_SHORT_S, COPY_LONG_S = 1.0, 4.0  # a window copied sooner than this doubles the next one, later halves it
 BACKOFF_FIRST_S = 0.25
 BACKOFF_LAST_S = 30.0
 FLUSH_DELAY_FIRST_S = 0.1  # after a window that failed; each that succeeds doubles it
@@ -180,21 +177,8 @@ def _next_span(leader: "LeaderEngine") -> tuple[int, int, int] | None:
 
 def may_open(leader: "LeaderEngine") -> bool:
     copying = sum(window.flush_wanted_s is None for window in leader.windows.values())
-    at_once = min(leader.limits.windows_copying, WINDOWS_PACED) if _is_paced(leader) else leader.limits.windows_copying
-    room = copying < at_once and len(leader.windows) < leader.limits.windows_open
+    room = copying < windowsize.windows_copying(leader) and len(leader.windows) < leader.limits.windows_open
     return room and may_copy(leader) and _next_span(leader) is not None
-
-
-def _is_paced(leader: "LeaderEngine") -> bool:
-    """The copy is held back so much that a window of the usual size would be open for long."""
-    return leader.copy_rate is not None and leader.copy_rate * PACED_S < leader.limits.window_bytes
-
-
-def next_window_bytes(leader: "LeaderEngine") -> int:
-    """Data to copy in the next window."""
-    if leader.copy_rate is None or not _is_paced(leader):
-        return leader.window_bytes
-    return min(leader.window_bytes, max(leader.limits.window_bytes_paced, int(leader.copy_rate * PACED_S)))
 
 
 def picker(leader: "LeaderEngine") -> Steps:
@@ -206,7 +190,7 @@ def picker(leader: "LeaderEngine") -> Steps:
         lo, hi, value = span
         from_leg = SOURCE if value == S_OK else TARGET
         start, end = leader.geometry.region_extent(lo, hi)
-        stop = yield Probe(from_leg, start, end, next_window_bytes(leader))
+        stop = yield Probe(from_leg, start, end, windowsize.next_window_bytes(leader))
         if stop is None and not leader.copier_up:
             continue
         if stop is None:
@@ -262,7 +246,7 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
     todo = _without_fresh(leader, window, answers)
     began_s = leader.now_s
     yield from _copy(leader, window, [leader.geometry.region_extent(*run) for run in todo], recopy=False)
-    fit_next_window(leader, leader.now_s - began_s)
+    windowsize.fit_next_window(leader, leader.now_s - began_s)
 
     # 4. TOUCHED: rounds without a hold, as long as each leaves much less than the one before.
     window.step = "touched"
@@ -301,14 +285,6 @@ def _copy_window(leader: "LeaderEngine", window: Window) -> Steps:
         finished = yield Exclusive(done(leader, window))
     if not finished:
         raise WindowFailed(window.void_reason or "its record is gone")
-
-
-def fit_next_window(leader: "LeaderEngine", took_s: float) -> None:
-    """Windows of about a second: large where that is much, so that records and flushes are few."""
-    if took_s < COPY_SHORT_S:
-        leader.window_bytes = min(leader.window_bytes * 2, leader.limits.window_bytes_max)
-    elif took_s > COPY_LONG_S:
-        leader.window_bytes = max(leader.window_bytes // 2, leader.limits.window_bytes)
 
 
 def record_put(leader: "LeaderEngine", window: Window, *, void: bool = False) -> tuple[str, bytes]:
