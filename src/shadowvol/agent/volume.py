@@ -9,7 +9,6 @@ ended and awaited, the record read again, and a new engine starts from it. Membe
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -20,6 +19,7 @@ from shadowvol.agent.access import SocketAccess
 from shadowvol.agent.attachment import Attachment
 from shadowvol.agent.copier import Copier
 from shadowvol.agent.dataplane import DataPlane
+from shadowvol.agent.logkeeper import LogKeeper
 from shadowvol.agent.pacing import Pacer
 from shadowvol.agent.paths import Home
 from shadowvol.agent.progress import Progress
@@ -27,9 +27,8 @@ from shadowvol.agent.status import iso_utc
 from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable
 from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.legs import LEG_NAMES, Phase
-from shadowvol.core.messages import Answer, Ask, LogZones, Reply, UnlogZones
+from shadowvol.core.messages import Answer, Ask, LogZones, UnlogZones
 from shadowvol.core.records import (
-    ActivityLog,
     Keys,
     RecordError,
     VolumeConfig,
@@ -54,7 +53,6 @@ from shadowvol.core.throttle import Pace
 TICK_S = 0.05
 LEAD_RETRY_S = 1.0  # between attempts to take the leadership while the coordinator cannot be reached
 DOWN_LIMIT_S = 15.0  # for a member to drain, flush and empty its log
-LOG_RETRY_S = 0.5
 BUSY_S = 2.0  # the application counts as busy so long after a request
 
 _logger = logging.getLogger("shadowvol.agent")
@@ -90,10 +88,7 @@ class Volume:
         self._commands: dict[int, Callable[[int, str], None]] = {}
         self._command_number = 0
         self._last_request_s = -BUSY_S  # when the application was last seen at work
-        self._log: ActivityLog = ActivityLog(config.name, host, set())
-        self._log_incarnation = 0
-        self._log_asks: deque[Ask] = deque()
-        self._log_wanted = trio.Event()
+        self._log = LogKeeper(config.name, coordinator, host)
         self._nursery: trio.Nursery | None = None
         self._copier_scope: trio.CancelScope | None = None
         self._copier_ended = trio.Event()
@@ -111,8 +106,7 @@ class Volume:
         try:
             with self._scope:
                 record = await self._read()
-                self._log = ActivityLog(self.name, self.host, record.activity.get(self.host, set()))
-                self._log_incarnation = record.members.get(self.host, 0)
+                self._log.load(record)
                 self.plane = DataPlane(
                     self.name,
                     self._home.volume_socket(self.name),
@@ -128,7 +122,7 @@ class Volume:
                 )
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
-                    nursery.start_soon(self._serve_log)
+                    nursery.start_soon(self._log.run, self.plane)
                     nursery.start_soon(self.plane.run)
                     self.attachment.restore(record.attached, self.host)
                     nursery.start_soon(self.attachment.run)
@@ -378,7 +372,7 @@ class Volume:
 
     def _member_gone(self) -> None:
         """Its lock was in our hands: nothing of it can still land."""
-        self._log_asks.clear()
+        self._log.forget_asks()
         engine = self.engine
         if engine is not None and (self.host in {**engine.live, **engine.joining, **engine.unresolved}):
             engine.on_member_gone(self.host, self._log.runs(), trio.current_time())
@@ -393,43 +387,10 @@ class Volume:
 
     def _member_said(self, message: Answer | Ask) -> None:
         if isinstance(message, Ask) and isinstance(message.want, LogZones | UnlogZones):
-            self._log_asks.append(message)
-            self._log_wanted.set()
+            self._log.take(message)
         elif self.engine is not None:
             self.engine.on_member_message(self.host, message, trio.current_time())
             self._pump()
-
-    async def _serve_log(self) -> None:
-        """The member's activity log: one transaction after the other, each ask replied to when it is durable."""
-        while True:
-            await self._log_wanted.wait()
-            self._log_wanted = trio.Event()
-            while self._log_asks:
-                ask = self._log_asks.popleft()
-                await self._log_zones(ask)
-
-    async def _log_zones(self, ask: Ask) -> None:
-        assert self.plane is not None
-        want = ask.want
-        zones = want.zones if isinstance(want, LogZones | UnlogZones) else []
-        if ask.incarnation != self._log_incarnation:  # it has joined, so its predecessor's log has been emptied
-            self._log = ActivityLog(self.name, self.host, set())
-            self._log_incarnation = ask.incarnation
-        while ask.incarnation == self.plane.incarnation:
-            before = set(self._log.zones)
-            add, remove = (zones, []) if isinstance(want, LogZones) else ([], zones)
-            try:
-                committed = await self._coordinator.commit(self._log.txn(add, remove, ask.incarnation))
-            except CoordinatorUnreachable as error:
-                self._log.zones = before | self._log.zones
-                _logger.error("%s: the activity log cannot be written: %s; trying again", self.name, error)
-                await trio.sleep(LOG_RETRY_S)
-                continue
-            if committed.ok:
-                self.plane.send(Reply(ask.incarnation, ask.number))
-            else:
-                self._log.zones = before
-            return
 
     # ------------------------------------------------------------ copier
 
