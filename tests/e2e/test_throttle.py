@@ -22,6 +22,7 @@ def wait_for_reason(volume: Volume, reason: str) -> None:
 
 def test_a_copy_yields_while_an_application_works_and_only_then(product: Product, legs: Path) -> None:
     volume = Volume.make(product, make_source(legs / "source", 512 * MIB), legs / "target")
+    volume.run("throttle", "--impact", "normal")
     with Fio(legs, volume.uri, *LOAD, "--size=16m") as fio:
         fio.wait_served(volume, 300)
         volume.run("start")
