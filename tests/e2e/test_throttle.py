@@ -28,11 +28,11 @@ def test_a_copy_yields_while_an_application_works_and_only_then(product: Product
         volume.run("start")
         wait_for(lambda: throttle_of(volume)["allowed_bytes_per_s"], LIMIT_S, "the copy is held back")
         wait_for_reason(volume, "yields to the application")
-        volume.run("throttle", "--impact", "max")
-        assert throttle_of(volume)["allowed_bytes_per_s"] is None
-        volume.run("throttle", "--impact", "low")
-        wait_for(lambda: throttle_of(volume)["allowed_bytes_per_s"], LIMIT_S, "it is held back again")
-        assert volume.status()["phase"] == "copying"
+        volume.run("throttle", "--impact", "max", "--rate", "8MiB/s")
+        status = volume.status()
+        assert status["copy"]["throttle"]["allowed_bytes_per_s"] == 8 * MIB and status["copy"]["reason"] is None
+        volume.run("throttle", "--impact", "low", "--rate", "none")
+        wait_for_reason(volume, "yields to the application")
     wait_for(lambda: throttle_of(volume)["allowed_bytes_per_s"] is None, LIMIT_S, "it is not any more")
     volume.wait_synced()
     volume.assert_legs_equal()
