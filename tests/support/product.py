@@ -244,10 +244,12 @@ def _processes() -> list[int]:
 
 
 def _alive(pid: int) -> bool:
+    """Any of its threads: the first may be a zombie while others are still in a system call, with their files open."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        states = [task.joinpath("stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:
-        return False
+        return Path(f"/proc/{pid}/task").exists() and _alive(pid)  # a thread ended while we looked
+    return any(state.rsplit(")", 1)[1].split()[0] not in "ZX" for state in states)
 
 
 def _belongs(pid: int, home: Path) -> bool:
