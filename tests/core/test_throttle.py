@@ -166,6 +166,9 @@ def test_an_application_without_a_past_is_first_looked_at_in_quiet() -> None:
         ([Copying("a"), Copying("b")], {"a": 50, "b": 50}),
         ([Copying("a", rate_max=10), Copying("b")], {"a": 10, "b": 90}),
         ([Copying("a", rate_min=80), Copying("b")], {"a": 80, "b": 20}),
+        ([Copying("a"), Copying("b", rate_min=80)], {"a": 20, "b": 80}),
+        ([Copying("a", rate_max=45), Copying("b", rate_min=80)], {"a": 20, "b": 80}),
+        ([Copying("a", rate_max=10), Copying("b", rate_min=50)], {"a": 10, "b": 90}),
         ([Copying("a", rate_min=500), Copying("b")], {"a": 500, "b": 0}),
         ([Copying("a", rate_min=500, rate_max=20), Copying("b"), Copying("c")], {"a": 20, "b": 40, "c": 40}),
         ([], {}),
@@ -173,3 +176,10 @@ def test_an_application_without_a_past_is_first_looked_at_in_quiet() -> None:
 )
 def test_one_budget_is_shared(volumes: list[Copying], shares: dict[str, float]) -> None:
     assert share(100.0, volumes) == pytest.approx(shares)
+
+
+def test_nobody_is_left_without_any_rate() -> None:
+    host = Host(NORMAL, lambda rate: 1.0)
+    host.run(3, copying=False)
+    paces = host.throttle.plan(host.now_s, [Copying("v", rate_min=500 * MIB), Copying("w"), Copying("x", rate_max=9)])
+    assert {name: pace.rate for name, pace in paces.items()} == {"v": 500 * MIB, "w": MIB, "x": 9}

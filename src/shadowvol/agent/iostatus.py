@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from shadowvol.nbd.counters import KINDS, NUMBERS
 
-STALE_S: Final = 3.0  # a member tells twice a second; above this it is stopped, or cut off
+STALE_S: Final = 3.0  # a member tells at least once a second; above this it is stopped, or cut off
 _LONGEST = ("hold_longest_s", "read_longest_s", "write_longest_s")
 _RATES = ("iops", "bytes_per_s")
 _TIMES = ("p50", "p99", "longest")

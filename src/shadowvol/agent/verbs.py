@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shadowvol.agent.daemon import Agent
 
 UP_LIMIT_S = 20.0
-STATISTICS_LIMIT_S, STATISTICS_POLL_S = 2.0, 0.05  # a member sends them twice a second
+STATISTICS_LIMIT_S, STATISTICS_POLL_S = 2.0, 0.05  # a member sends them at least once a second
 Outcome = tuple[int, str, Any]
 
 # What goes to the engine, and the options that it takes.

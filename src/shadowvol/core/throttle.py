@@ -36,6 +36,7 @@ SAMPLES_MIN = 100  # requests of a kind in a turn; fewer have no 99th percentile
 
 RATE_FIRST = 16.0 * MIB  # bytes per second, when an application is met for the first time
 RATE_MIN = 4.0 * MIB  # of the budget, whatever the application feels: a migration ends
+SHARE_MIN = 1.0 * MIB  # of one volume, whatever the others must have
 RATE_STEP = 4.0 * MIB  # per turn; a tenth of the budget where that is more
 GROWTH_FIRST = 1.5  # per turn, until the first decrease
 DECREASE_MOST = 0.5  # at once; less where the limit was overstepped by less
@@ -43,6 +44,8 @@ UNUSED_FACTOR = 2.0  # the budget does not grow beyond so much of what is really
 BUSY_IOPS = 10.0  # an application that does less does not count as at work
 BUSY_KEPT_S = 2.0  # and it counts so long after it did
 SUFFERS = 4.0  # so many times what is allowed ends a turn at once
+
+_BISECTIONS = 60  # to a fraction of a byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,20 +229,24 @@ class AdaptiveThrottle:
         if not busy:
             return paces
         spared = [volume for volume in self._copying if volume.impact in ALLOWED_RATIO]
-        for name, rate in share(self.budget, spared).items():
-            paces[name] = Pace(rate, quiet=self._quiet)
+        rates = share(self.budget, spared)
+        for volume in spared:
+            least = min(SHARE_MIN, volume.rate_max or SHARE_MIN)
+            paces[volume.name] = Pace(max(rates[volume.name], least), quiet=self._quiet)
         return paces
 
 
 def share(budget: float, volumes: list[Copying]) -> dict[str, float]:
     """The budget in equal parts; what one cannot use (its rate_max) goes to the others, what one must have (its
     rate_min, but never above its rate_max) it gets even beyond the budget. Bytes per second by name."""
-    floors = {volume.name: min(volume.rate_min, volume.rate_max or volume.rate_min) for volume in volumes}
-    shares: dict[str, float] = {}
-    left, open_ = budget, sorted(volumes, key=lambda volume: volume.rate_max or float("inf"))
-    while open_:
-        volume = open_.pop(0)
-        part = max(left, 0.0) / (len(open_) + 1)
-        shares[volume.name] = max(floors[volume.name], min(part, volume.rate_max or part))
-        left -= shares[volume.name]
-    return shares
+
+    def parts(level: float) -> dict[str, float]:
+        return {
+            volume.name: min(max(level, volume.rate_min), volume.rate_max or float("inf")) for volume in volumes
+        }
+
+    low, high = 0.0, budget
+    for _ in range(_BISECTIONS):
+        level = (low + high) / 2
+        low, high = (low, level) if sum(parts(level).values()) > budget else (level, high)
+    return parts(low)

@@ -2,7 +2,7 @@
 
 - A scrape asks the loop for a reading (a few milliseconds of it, with other tasks between two volumes), and makes text
   from it on its own thread, one scrape at a time; the loop gets Python's lock back from it within SWITCH_S. A reading
-  younger than READING_S is used again, and so is its text: members tell twice a second, and whoever scrapes in a loop
+  younger than READING_S is used again, and so is its text: members tell some times a second, and who scrapes in a loop
   shall cost the agent no more than that.
 - A scraper that is slow, or hangs, has a thread and nothing else. There are at most CONNECTIONS_MAX; one more is closed
   at once. A connection older than CONNECTION_LIMIT_S is shut down, whatever it does.
