@@ -19,7 +19,7 @@ import pytest
 
 from shadowvol.core.geometry import KIB, MIB, Run
 from shadowvol.core.latency import bucket_end_ns
-from shadowvol.core.messages import Close, Fault, Freeze, LogZones, Open, SetState, Thaw, Touched
+from shadowvol.core.messages import Close, Fault, Freeze, HoldBlocks, LogZones, Open, ReleaseBlocks, SetState, Thaw, Touched
 from shadowvol.nbd.filter.usable import SWITCH
 from tests.support.filter_build import build_disturbed_filter, build_filter
 from tests.support.nbd_member import Client, NbdMember, leg_record, nbd_member, sparse_file
@@ -121,11 +121,17 @@ def every_state(folder: Path, seed: int) -> Record:
         leader.join("copying", fresh_allowed=True)
         requests(client, chance, REQUESTS, record)
         window = [(region, region + 1) for region in source_only[: len(source_only) // 2]]
+        blocks_per_region = member.geometry.blocks_per_region
         record.answers.append(leader.request("w1", Open(1, window, 0, 1)))
         requests(client, chance, REQUESTS, record)
         record.answers.append(touched(member, Touched(1), window))
         requests(client, chance, REQUESTS // 3, record)
         record.answers.append(touched(member, Close(1), window))
+        requests(client, chance, REQUESTS // 3, record)  # the window's writes are settled now
+        held = [(region * blocks_per_region, region * blocks_per_region + 1) for region, _ in window[::2]]
+        record.answers.append(leader.request("w1", HoldBlocks(1, held)))
+        record.answers.append(leader.request("w1", ReleaseBlocks(1)))
+        requests(client, chance, REQUESTS // 3, record)
         for leg in (source, target):  # all regions alike, the window's end
             record.legs.append(digest(leg))
         target.write_bytes(source.read_bytes())

@@ -13,7 +13,9 @@ from shadowvol.core.route import (
     IN_WINDOW,
     MIXED,
     READ_TARGET,
+    SETTLED,
     SLOW,
+    WHOLE_SLOW,
     WRITE_SHIFT,
     equal_runs,
     published,
@@ -69,6 +71,7 @@ def test_a_map_survives_its_records() -> None:
         (S_OK, Phase.COPYING, SOURCE, SOURCE, S_OK),
         (S_OK, Phase.COPYING, TARGET, SOURCE, S_OK),  # early cutover: not there yet
         (S_OK | IN_WINDOW, Phase.COPYING, SOURCE, SOURCE, BOTH_OK),
+        (S_OK | IN_WINDOW | SETTLED, Phase.COPYING, TARGET, SOURCE, BOTH_OK),
         (S_OK | FRESH, Phase.COPYING, SOURCE, SOURCE, BOTH_OK),
         (BOTH_OK, Phase.COPYING, SOURCE, SOURCE, BOTH_OK),
         (BOTH_OK, Phase.COPYING, TARGET, TARGET, BOTH_OK),
@@ -85,6 +88,7 @@ def test_where_an_io_goes(own: int, phase: Phase, preferred: int, read: int, wri
 
 def test_a_write_needs_the_engine_in_windows_and_where_an_undo_must_be_told() -> None:
     assert published(S_OK | IN_WINDOW, Phase.COPYING, SOURCE) & SLOW
+    assert not published(S_OK | IN_WINDOW | SETTLED, Phase.COPYING, SOURCE) & (SLOW | WHOLE_SLOW)
     assert published(BOTH_OK, Phase.COMMITTED, TARGET) & SLOW
     assert not published(BOTH_OK, Phase.COPYING, SOURCE) & SLOW
     assert not published(T_OK, Phase.COMMITTED, TARGET) & SLOW

@@ -37,9 +37,9 @@ def copy_window(leader: LeaderStub, number: int, runs: list[Run], source: Path, 
 
     leader.request(f"w{number}", Open(number, runs, 0, 1))
     copy(source, target, runs, MIB, leader.latest_stats)
+    copy(source, target, ask(Touched(number)), BLOCK_BYTES)
+    blocks = ask(Close(number))
     for _ in range(HOLD_TRIES):
-        copy(source, target, ask(Touched(number)), BLOCK_BYTES)
-        blocks = ask(Close(number))
         leader.request(f"w{number}", HoldBlocks(number, blocks))
         copy(source, target, blocks, BLOCK_BYTES)
         if leader.request(f"w{number}", ReleaseBlocks(number)) == {"unbroken": True}:

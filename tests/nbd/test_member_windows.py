@@ -124,6 +124,40 @@ def test_a_hold_keeps_new_writes_to_its_blocks_only(copying: NbdMember) -> None:
     client.close()
 
 
+def test_a_closed_window_needs_the_engine_only_where_it_is_held(copying: NbdMember, legs: tuple[Path, Path]) -> None:
+    """Who writes without Python does so, to both legs; a hold of any block takes it back from them, and gives it again."""
+    leader = copying.leader
+    client = copying.client()
+
+    def let_through() -> int | None:
+        filtered = leader.latest_stats(lambda stats: not stats["in_flight"])["filter"]
+        return filtered and int(filtered["writes_let_through"])
+
+    leader.request("w1", Open(1, [(4, 6)], 0, 1))
+    client.write(b"1" * 4096, 4 * MIB)  # its zone is logged from now on
+    assert leader.request("w1", Close(1)) == {"blocks": [[64, 65]]}
+    before = let_through()
+    client.write(b"2" * 4096, 4 * MIB)
+    client.write(b"3" * 4096, 5 * MIB)
+    assert let_through() == before
+    assert leader.request("w1", HoldBlocks(1, [(64, 65)])) == {}
+    held = client.start_write(b"4" * 4096, 4 * MIB)
+    client.write(b"5" * 4096, 4 * MIB + 64 * KIB)  # beside the block that is held, in its region
+    client.write(b"6" * 4096, 5 * MIB)
+    assert never_done(client, held)
+    assert leader.request("w1", ReleaseBlocks(1)) == {"unbroken": True}
+    client.wait(held)
+    before = let_through()
+    client.write(b"7" * 4096, 4 * MIB + 64 * KIB)
+    assert let_through() == before
+    assert "no" in leader.request("w1", Touched(1)), "it could not tell what was written since"
+    for leg in legs:
+        assert leg.read_bytes()[4 * MIB : 4 * MIB + 4096] == b"4" * 4096
+        assert leg.read_bytes()[4 * MIB + 64 * KIB : 4 * MIB + 68 * KIB] == b"7" * 4096
+        assert leg.read_bytes()[5 * MIB : 5 * MIB + 4096] == b"6" * 4096
+    client.close()
+
+
 def test_a_hold_ends_by_itself_at_its_limit(copying: NbdMember) -> None:
     leader = copying.leader
     client = copying.client()

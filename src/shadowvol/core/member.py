@@ -140,11 +140,11 @@ class MemberEngine(MemberProtocol):
             if slow is None:
                 return None
             runs, legs, adopt = slow
+            if self.windows:
+                self._touch(start, end)
         ticket = self.inflight.admit(WRITE, first, last, runs)
         ticket.adopt = adopt
         self.activity.begin(zones, legs)
-        if self.windows:
-            self._touch(start, end)
         return ticket
 
     def _admit_slow(

@@ -24,7 +24,7 @@ from shadowvol.core.messages import (
     Touched,
     UnlogZones,
 )
-from shadowvol.core.route import FRESH, IN_WINDOW, published_table
+from shadowvol.core.route import FRESH, IN_WINDOW, SETTLED, published_table
 
 HOLD_LIMIT_S = 0.25  # a member lets a window's held writes go by itself after this long (DESIGN 7)
 WINDOW_TOMBSTONES = 64  # a request for a window this far behind the newest ended one is a late duplicate
@@ -133,7 +133,7 @@ class MemberProtocol(MemberFlush):
         elif isinstance(body, Touched):
             self._obey_touched(request, self.windows[body.window])
         elif isinstance(body, Close):
-            self._answer(request, {"blocks": runs_of(self.windows[body.window].touched)})
+            self._obey_close(request, self.windows[body.window])
         elif isinstance(body, HoldBlocks):
             self._obey_hold(request, self.windows[body.window], body.blocks)
         else:
@@ -187,7 +187,7 @@ class MemberProtocol(MemberFlush):
             self._change_bits(leg, ok, runs)
         for _, _, runs in body.changes:
             self._publish(runs)
-            if any(self.own.count(mark, *run) for run in runs for mark in (0, IN_WINDOW, FRESH, IN_WINDOW | FRESH)):
+            if any(not own & BOTH_OK for lo, hi in runs for own in set(self.own[lo:hi])):
                 raise AssertionError("a region was left without an ok leg")
         for window in body.close:
             self._close_window(window)
@@ -220,7 +220,7 @@ class MemberProtocol(MemberFlush):
             self._answer(request, {"no": "a failed write there is not settled yet"})
             return
         self.windows[body.window] = MemberWindow(body.runs, body.from_leg, body.to_leg)
-        self._mark(body.runs, IN_WINDOW, True)
+        self._mark(body.runs, IN_WINDOW if "settled-when-closed" not in self.omit else IN_WINDOW | SETTLED, True)
         fresh: list[Run] = []
         for lo, hi in body.runs:
             fresh += [run for run in self._runs_marked(FRESH, lo, hi)]
@@ -234,6 +234,9 @@ class MemberProtocol(MemberFlush):
             self.inflight.drain(extents, reads=False, writes=True, done=drained)
 
     def _obey_touched(self, request: Request, window: MemberWindow) -> None:
+        if window.closed:
+            self._answer(request, {"no": "the window is closed, its writes are not noted any more"})
+            return
         answer = runs_of(window.touched)
         self._answer(request, {"blocks": answer})
         keep: set[int] = set()
@@ -242,7 +245,16 @@ class MemberProtocol(MemberFlush):
                 keep.update(self.geometry.blocks_of(ticket.start, ticket.end))
         window.touched &= keep
 
+    def _obey_close(self, request: Request, window: MemberWindow) -> None:
+        """From here on writes of the window need the engine no more, but for blocks that are held: what is copied
+        yet is copied under a hold, so a block that is written now and is not in the answer stays as it is written."""
+        window.closed = True
+        self._answer(request, {"blocks": runs_of(window.touched)})
+        self._mark(window.runs, SETTLED, True)
+
     def _obey_hold(self, request: Request, window: MemberWindow, blocks: list[Run]) -> None:
+        if "hold-unsettles" not in self.omit:
+            self._mark(self._block_regions(blocks), SETTLED, False)
         window.held = blocks
         window.held_since_s = self.now_s
         window.broken = False
@@ -253,6 +265,8 @@ class MemberProtocol(MemberFlush):
             self.inflight.drain(extents, reads=False, writes=True, done=lambda: self._answer(request, {}))
 
     def _release_hold(self, window: MemberWindow, *, broken: bool) -> None:
+        if window.closed:
+            self._mark(self._block_regions(window.held), SETTLED, True)
         window.held = []
         window.held_since_s = None
         window.broken = broken
@@ -261,7 +275,7 @@ class MemberProtocol(MemberFlush):
         """The window has ended here: with its bits (they were set before) or without."""
         window = self.windows.pop(number, None)
         if window is not None:
-            self._mark(window.runs, IN_WINDOW, False)
+            self._mark(window.runs, IN_WINDOW | SETTLED, False)
             if "fresh-dropped" not in self.omit:
                 self._unmark_fresh(window.runs)
         self._newest_dropped = max(self._newest_dropped, number)

@@ -19,10 +19,11 @@ from shadowvol.core.geometry import Geometry, Run, merge_runs, overlaps, runs_of
 from shadowvol.core.inflight import InFlight
 from shadowvol.core.legs import BOTH_OK, LEG_NAMES, S_OK, SOURCE, T_OK, Phase
 from shadowvol.core.messages import Answer, Ask, ClearUndo, Fault, Freeze, LogZones, Request
-from shadowvol.core.route import FRESH, READ_TARGET, SLOW, equal_runs, published_table
+from shadowvol.core.route import FRESH, READ_TARGET, SETTLED, SLOW, equal_runs, published_table
 from shadowvol.core.rules import NONE_OMITTED
 
 _READ_LEG = bytes(byte & READ_TARGET for byte in range(256))
+_OWN_BYTES = range(2 * SETTLED)  # SETTLED is the highest mark
 APPLICATION = 0  # token of a flush that the application asked for; DoFlush has tokens of its own
 
 
@@ -69,9 +70,21 @@ class FlushTicket:
 
 
 class MemberWindow:
-    """An open window as a member sees it."""
+    """An open window as a member sees it. `closed`: CLOSE has been answered."""
 
-    __slots__ = ("broken", "failed", "from_leg", "held", "held_since_s", "hi", "lo", "runs", "to_leg", "touched")
+    __slots__ = (
+        "broken",
+        "closed",
+        "failed",
+        "from_leg",
+        "held",
+        "held_since_s",
+        "hi",
+        "lo",
+        "runs",
+        "to_leg",
+        "touched",
+    )
 
     def __init__(self, runs: list[Run], from_leg: int, to_leg: int) -> None:
         self.runs = runs
@@ -83,6 +96,7 @@ class MemberWindow:
         self.held: list[Run] = []
         self.held_since_s: float | None = None
         self.broken = False
+        self.closed = False
         self.failed = False  # a write failed in it: every further step of it is refused here
 
 
@@ -224,7 +238,7 @@ class MemberState:
                 ticket.adopt = None
 
     def _runs_marked(self, mark: int, lo: int, hi: int) -> list[Run]:
-        if not any(self.own.count(value, lo, hi) for value in range(16) if value & mark):
+        if not any(self.own.count(value, lo, hi) for value in _OWN_BYTES if value & mark):
             return []
         return runs_of([region for region in range(lo, hi) if self.own[region] & mark])
 
@@ -309,3 +323,7 @@ class MemberState:
     def _zone_regions(self, zones: list[Run]) -> list[Run]:
         per_zone = self.geometry.regions_per_zone
         return [(lo * per_zone, min(hi * per_zone, self.geometry.region_count)) for lo, hi in zones]
+
+    def _block_regions(self, blocks: list[Run]) -> list[Run]:
+        """The regions that these runs of blocks lie in."""
+        return merge_runs([self.geometry.regions_of(*self.geometry.block_extent(*run)) for run in blocks])

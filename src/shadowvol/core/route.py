@@ -1,7 +1,8 @@
 """Where an I/O goes: one published byte per region, and the function that reads it. The complete routing is here.
 
 A published byte says: the leg that serves reads, the legs that every write must reach, and whether a write needs the
-member engine first (an open window's touched blocks, an undo zone to be cleared, a whole-region overwrite to be noted).
+member engine first (to note a window's touched blocks until it is closed, to wait where blocks are held, to clear an
+undo zone, to note that a whole region was overwritten).
 It is derived from the region's bits and the volume's state by `published()`, only by the member engine.
 """
 
@@ -18,10 +19,11 @@ MIXED = -1  # the range's regions disagree: serve run by run
 # Bits in the member's own byte per region, above the map's two bits.
 IN_WINDOW = 4
 FRESH = 8  # overwritten whole on both legs while one-legged: needs no copy, only a window to say so
+SETTLED = 16  # in a window that is closed: no copy of it is to come but under a hold, which takes this mark away first
 
 
 def published(own: int, phase: Phase, preferred: int) -> int:
-    """The published byte for a region whose own byte (map bits, IN_WINDOW, FRESH) is `own`."""
+    """The published byte for a region whose own byte (map bits, IN_WINDOW, FRESH, SETTLED) is `own`."""
     ok = own & BOTH_OK
     if ok == 0:
         return SLOW
@@ -33,7 +35,8 @@ def published(own: int, phase: Phase, preferred: int) -> int:
     byte = (READ_TARGET if read == TARGET else 0) | (WRITE_SOURCE if legs & S_OK else 0)
     byte |= WRITE_TARGET if legs & T_OK else 0
     one_legged_copying = phase is Phase.COPYING and legs != BOTH_OK
-    return byte | (SLOW if own & IN_WINDOW else 0) | (WHOLE_SLOW if one_legged_copying else 0)
+    engine_first = own & IN_WINDOW and not own & SETTLED
+    return byte | (SLOW if engine_first else 0) | (WHOLE_SLOW if one_legged_copying else 0)
 
 
 def published_table(phase: Phase, preferred: int) -> bytes:
