@@ -3,6 +3,7 @@
 And, at the session's end, the table of how commands ended that were refused, or that met a bad moment.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def data_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the C filter in front, as it is by default, or all in Python."""
-    monkeypatch.setenv(SWITCH, "off" if getattr(request, "param", "filter") == "python" else "on")
+    """With the C filter in front, as it is by default, or all in Python. SHADOWVOL_FILTER=off: Python everywhere."""
+    in_python = getattr(request, "param", "filter") == "python"
+    monkeypatch.setenv(SWITCH, "off" if in_python else os.environ.get(SWITCH, "on"))
 
 
 @pytest.fixture
