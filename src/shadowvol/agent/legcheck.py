@@ -11,7 +11,7 @@ from typing import Any
 import trio
 
 from shadowvol.agent.errors import REFUSED, VerbError
-from shadowvol.core.legs import LEG_NAMES, S_OK, SOURCE, T_OK, TARGET, Phase
+from shadowvol.core.legs import LEG_NAMES, SOURCE, TARGET, Phase, other
 from shadowvol.core.records import LegRecord, VolumeRecord
 from shadowvol.endpoints.identity import LegRefused, identity_of, other_medium
 from shadowvol.endpoints.local import claim_local
@@ -23,7 +23,7 @@ def needed_legs(record: VolumeRecord) -> tuple[list[int], list[int]]:
         return [SOURCE], []
     if record.state.phase is Phase.COMMITTED:
         return [TARGET], [SOURCE] if record.state.keep_undo else []
-    needed = [leg for leg, alone in ((SOURCE, S_OK), (TARGET, T_OK)) if record.map.bits.count(alone)]
+    needed = [leg for leg in (SOURCE, TARGET) if not record.map.is_ok(other(leg), 0, len(record.map))]
     return needed, [leg for leg in (SOURCE, TARGET) if leg not in needed]
 
 

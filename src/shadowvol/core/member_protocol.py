@@ -163,9 +163,9 @@ class MemberProtocol(MemberFlush):
         and it could return a write that the new leg does not have yet."""
         everywhere: list[Run] = [(0, len(self.own))]
         runs = [run for _, _, runs in body.changes for run in runs] if body.preferred is None else everywhere
-        before = self._read_legs(runs)
+        before = [self.table[lo:hi] for lo, hi in runs]
         self._set_state(body)
-        moved = [run for run, old, new in zip(runs, before, self._read_legs(runs), strict=True) if old != new]
+        moved = [run for run, old in zip(runs, before, strict=True) if self._reads_moved(run, old)]
         if moved and "switch-drains-reads" not in self.omit:
             extents = [self.geometry.region_extent(*run) for run in moved]
             self.inflight.drain(extents, reads=True, writes=False, done=lambda: self._answer(request, {}))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from shadowvol.core import bytemap
 from shadowvol.core.activity import IDLE_S, Activity
 from shadowvol.core.geometry import Geometry, Run, merge_runs, overlaps, runs_of
 from shadowvol.core.inflight import InFlight
@@ -210,21 +211,22 @@ class MemberState:
         on = bytes(value | (1 << leg) for value in range(256))
         off = bytes(value & ~(1 << leg) for value in range(256))
         for lo, hi in runs:
-            self.own[lo:hi] = self.own[lo:hi].translate(on if ok else off)
+            bytemap.translate(self.own, lo, hi, on if ok else off, self.own)
 
-    def _read_legs(self, runs: list[Run]) -> list[bytearray]:
-        return [self.table[lo:hi].translate(_READ_LEG) for lo, hi in runs]
+    def _reads_moved(self, run: Run, before: bytearray) -> bool:
+        """Some region of the run is read from another leg than when its part of the table was `before`."""
+        return bytemap.differs(before, self.table, *run, _READ_LEG)
 
     def _publish(self, runs: list[Run]) -> None:
         for lo, hi in runs:
-            self.table[lo:hi] = self.own[lo:hi].translate(self._published)
+            bytemap.translate(self.own, lo, hi, self._published, self.table)
         if self.changed is not None:
             self.changed += runs
 
     def _mark(self, runs: list[Run], mark: int, on: bool) -> None:
         table = bytes((value | mark) if on else (value & ~mark) for value in range(256))
         for lo, hi in runs:
-            self.own[lo:hi] = self.own[lo:hi].translate(table)
+            bytemap.translate(self.own, lo, hi, table, self.own)
         self._publish(runs)
 
     def _mark_fresh(self, runs: list[Run]) -> None:

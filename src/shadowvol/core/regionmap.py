@@ -1,13 +1,14 @@
 """The map: per region one byte with `source_ok` (1) and `target_ok` (2). The same class at leader and members.
 
 Invariant: the byte of a region is never 0 (at least one leg holds everything acknowledged).
-One byte per region, so that searches and changes of long runs are single C-speed operations of bytearray.
+One byte per region, so that searches and changes of long runs are operations at the speed of C (core/bytemap.py).
 """
 
 import zlib
 
+from shadowvol.core import bytemap
 from shadowvol.core.geometry import Run
-from shadowvol.core.legs import BOTH_OK, S_OK, bit
+from shadowvol.core.legs import BOTH_OK, S_OK, bit, other
 
 CHUNK_REGIONS = 65536  # regions per record in the coordinator: 64 KiB before compression, 4 Mi regions = 64 records
 
@@ -26,7 +27,7 @@ class RegionMap:
         if bits is not None and len(bits) != region_count:
             raise ValueError(f"map of {len(bits)} regions where {region_count} are expected")
         self.bits = bytearray(bits) if bits is not None else bytearray([S_OK]) * region_count
-        if self.bits.count(0):
+        if 0 in self.bits:
             raise ValueError("a region without an ok leg")
 
     def __len__(self) -> int:
@@ -34,34 +35,30 @@ class RegionMap:
 
     def set_ok(self, leg: int, runs: list[Run]) -> None:
         for lo, hi in runs:
-            self.bits[lo:hi] = self.bits[lo:hi].translate(_SET[leg])
+            bytemap.translate(self.bits, lo, hi, _SET[leg], self.bits)
 
     def clear_ok(self, leg: int, runs: list[Run], *, even_last: bool = False) -> None:
         """Clear the leg's bit where the other leg is ok; the last ok leg's bit stays (†: last-ok-leg)."""
         table = _CLEAR_EVEN_LAST if even_last else _CLEAR
         for lo, hi in runs:
-            self.bits[lo:hi] = self.bits[lo:hi].translate(table[leg])
+            bytemap.translate(self.bits, lo, hi, table[leg], self.bits)
 
     def count_ok(self, leg: int) -> int:
-        return self.bits.count(bit(leg)) + self.bits.count(BOTH_OK)
+        return self._count(bit(leg)) + self._count(BOTH_OK)
 
     def count_both(self) -> int:
-        return self.bits.count(BOTH_OK)
+        return self._count(BOTH_OK)
+
+    def _count(self, value: int) -> int:
+        return bytemap.count(self.bits, value, 0, len(self.bits))
 
     def is_ok(self, leg: int, lo: int, hi: int) -> bool:
-        """The leg is ok in every region of [lo, hi)."""
-        return self.bits.count(bit(leg), lo, hi) + self.bits.count(BOTH_OK, lo, hi) == hi - lo
+        """The leg is ok in every region of [lo, hi): none has the other one alone, or nothing."""
+        return self.bits.find(bit(other(leg)), lo, hi) < 0 and self.bits.find(0, lo, hi) < 0
 
     def runs_equal(self, value: int, lo: int, hi: int) -> list[Run]:
         """Maximal runs within [lo, hi) whose byte is exactly `value`."""
-        runs: list[Run] = []
-        position = self.bits.find(value, lo, hi)
-        while position >= 0:
-            tail = self.bits[position:hi]
-            length = len(tail) - len(tail.lstrip(bytes([value])))
-            runs.append((position, position + length))
-            position = self.bits.find(value, position + length, hi)
-        return runs
+        return bytemap.runs_equal(self.bits, value, lo, hi)
 
     def next_one_legged(self, start: int, values: tuple[int, ...] = (1, 2)) -> int:
         """First region at or after `start` with exactly one ok leg (of the kinds in `values`); -1: none."""

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from shadowvol.core import changes
 from shadowvol.core.geometry import Run
-from shadowvol.core.legs import LEG_NAMES, S_OK, SOURCE, TARGET, Phase
+from shadowvol.core.legs import LEG_NAMES, SOURCE, TARGET, Phase
 from shadowvol.core.messages import Freeze, Prepare, SetState, Thaw
 from shadowvol.core.records import VolumeState, dumps
-from shadowvol.core.regionmap import RegionMap
 from shadowvol.core.steps import AskAll, Command, Persist, Steps, WaitFor
 from shadowvol.core.txn import Compare, Holds, Txn
 
@@ -217,9 +216,10 @@ def transition(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> St
 
     # 3. One transaction: the new state, and that it is committed.
     let_go = _let_go(leader.state, verb, options)
-    changed = RegionMap(len(leader.map), bytes(leader.map.bits))
+    changed = leader.map  # of 4 MiB in a large volume; writes are held: not to be copied for nothing
     everything: list[Run] = [(0, len(changed))]
     if let_go is not None:
+        changed = leader.map.copy()
         changed.clear_ok(let_go, everything)
     void: list[Window] = []
 
@@ -240,7 +240,7 @@ def transition(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> St
     if not persisted:
         return
     leader.state = leader.change_state(**outcome)
-    leader.map.bits[:] = changed.bits
+    leader.map = changed
     for window in void:
         leader.void(window, f"{verb}")
     leader.transition = {"verb": verb, "id": number, "state": "committed"}
@@ -295,7 +295,7 @@ def _prepare(leader: "LeaderEngine", verb: str) -> Steps:
     why = refusal(leader, verb, {"early": True, "force": True})
     if why is not None and leader.state.goal is None:
         raise Refusal(REFUSED, why)
-    if verb == "abort" and leader.map.bits.count(S_OK) + leader.map.count_both() != len(leader.map):
+    if verb == "abort" and not leader.map.is_ok(SOURCE, 0, len(leader.map)):
         raise Refusal(REFUSED, "abort: the source is not complete any more")
 
 

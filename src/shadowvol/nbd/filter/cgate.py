@@ -75,7 +75,7 @@ def _declare(library: ctypes.PyDLL) -> None:
     number, size, pointer = ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p
     types: dict[str, tuple[type | None, list[type]]] = {
         "start": (number, [size, size, size]),
-        "publish": (None, [size, ctypes.c_char_p, size]),
+        "publish": (None, [size, pointer, size]),
         "hold": (None, [number, number, number]),
         "log_zones": (None, [pointer, ctypes.c_uint32, number]),
         "collect": (ctypes.c_uint32, [pointer]),
@@ -134,18 +134,19 @@ class FilterGate:
         reads, writes = any(freeze.reads for freeze in everywhere), any(freeze.writes for freeze in everywhere)
         self._library.shadowvol_hold(self._engine.preferred, reads, writes)
 
-    def _bytes_of(self, run: Run, freeze: Freeze | None) -> bytes:
-        """The engine's bytes, and what is held there."""
+    def _bytes_of(self, run: Run, freeze: Freeze | None) -> "ctypes.Array[ctypes.c_char]":
+        """The engine's bytes, and what is held there. The table itself where nothing is: it may be of megabytes."""
         lo, hi = run
+        if freeze is None or freeze.runs is None:
+            return (ctypes.c_char * (hi - lo)).from_buffer(self._engine.table, lo)
         bytes_ = self._engine.table[lo:hi]
-        if freeze is not None and freeze.runs is not None:
-            held = (SLOW if freeze.writes else 0) | (READ_SLOW if freeze.reads else 0)
-            table = bytes(byte | held for byte in range(256))
-            for first, last in freeze.runs:
-                first, last = max(first, lo) - lo, min(last, hi) - lo
-                if first < last:
-                    bytes_[first:last] = bytes_[first:last].translate(table)
-        return bytes(bytes_)
+        held = (SLOW if freeze.writes else 0) | (READ_SLOW if freeze.reads else 0)
+        table = bytes(byte | held for byte in range(256))
+        for first, last in freeze.runs:
+            first, last = max(first, lo) - lo, min(last, hi) - lo
+            if first < last:
+                bytes_[first:last] = bytes_[first:last].translate(table)
+        return (ctypes.c_char * (hi - lo)).from_buffer(bytes_)
 
     def log_zones(self, zones: Iterable[int], logged: bool) -> None:
         some = list(zones)
