@@ -623,9 +623,14 @@ class World:
             self.at(0.05, lambda: self._copier_up(leader))
 
     def _leader_tick(self, leader: Leader) -> None:
+        """A shell may leave out the ticks of a quiet engine: they must come to nothing."""
         if leader.alive:
+            quiet = leader.engine.quiet
+            self.coverage["leader quiet"] += quiet
             leader.engine.tick(self.now)
-            self.pump_leader(leader)
+            acted = self.pump_leader(leader)
+            if quiet and acted:
+                raise AssertionError("a leader that called itself quiet acted on a tick")
             self.at(TICK_S, lambda: self._leader_tick(leader))
 
     def kill_leader(self, zombie: bool) -> None:
@@ -644,14 +649,15 @@ class World:
         power = self.power_epoch
         self.at(self.rng.random() * 0.2, lambda: self.start_leader() if power == self.power_epoch else None)
 
-    def pump_leader(self, leader: Leader) -> None:
-        while leader.alive:
-            effects = leader.engine.take_effects()
-            if not effects:
-                return
+    def pump_leader(self, leader: Leader) -> bool:
+        """Perform what the engine wants; whether that was anything."""
+        acted = False
+        while leader.alive and (effects := leader.engine.take_effects()):
+            acted = True
             for effect in effects:
                 self._leader_effect(leader, effect)
             self._observe(leader)
+        return acted
 
     def _observe(self, leader: Leader) -> None:
         """Count what the leader has come through."""

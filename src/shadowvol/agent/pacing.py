@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shadowvol.core.leader import LeaderEngine
 
 PACE_S = 0.25
+PACE_QUIET_S = 2.0  # while no volume has anything under way
 COPIES_MAX = 2
 DEADLINE_MARGIN = 1.15  # a deadline's rate leaves time for quiet turns and the last flush
 
@@ -45,11 +46,22 @@ class Pacer:
         self._copied: dict[str, int] = {}  # as last seen, of a volume's running copier
         self._heard: dict[str, _Heard] = {}  # a member's last frame
         self._known: set[str] = set()
+        self._stirred = trio.Event()
 
     async def run(self) -> None:
         while True:
-            await trio.sleep(PACE_S)
+            quiet = all(volume.engine is None or volume.engine.quiet for volume in self._volumes.values())
+            if quiet:
+                self._stirred = trio.Event()
+                with trio.move_on_after(PACE_QUIET_S):
+                    await self._stirred.wait()
+            else:
+                await trio.sleep(PACE_S)
             self.pace()
+
+    def stir(self) -> None:
+        """Some volume has something under way: its turn and pace do not wait for the slow round."""
+        self._stirred.set()
 
     def heard(self, volume: "Volume", statistics: dict[str, Any]) -> None:
         """A member's Stats frame has come."""

@@ -8,6 +8,7 @@ ended and awaited, the record read again, and a new engine starts from it. Membe
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -51,6 +52,7 @@ from shadowvol.core.steps import (
 from shadowvol.core.throttle import Pace
 
 TICK_S = 0.05
+TICK_QUIET_S = 2.0  # while the engine says that time alone brings nothing on
 LEAD_RETRY_S = 1.0  # between attempts to take the leadership while the coordinator cannot be reached
 DOWN_LIMIT_S = 15.0  # for a member to drain, flush and empty its log
 BUSY_S = 2.0  # the application counts as busy so long after a request
@@ -78,13 +80,13 @@ class Volume:
         self.progress = Progress()
         self.allowed = Pace(None)  # to its copy, by the throttle of this host
         self.copies_ahead: list[str] = []  # whose copies it waits for
-        self.changed = trio.Condition()
         self.longest = {"hold_longest_s": 0.0, "write_longest_s": 0.0, "read_longest_s": 0.0}  # since it is up here
         self.listening = trio.Event()
         self._home = home
         self._access = access
         self._coordinator = coordinator
         self._pacer = pacer
+        self._changed = trio.Event()  # set, and replaced, whenever the engine may have changed
         self._commands: dict[int, Callable[[int, str], None]] = {}
         self._command_number = 0
         self._last_request_s = -BUSY_S  # when the application was last seen at work
@@ -134,6 +136,7 @@ class Volume:
             self._answer_all(1, f"volume {self.name} went down meanwhile; shadowvol status shows how it stands")
             self.listening.set()  # nobody waits for it any more
             self.ended.set()
+            self._wake()
 
     async def _lead_for_ever(self) -> None:
         """A new leadership whenever the last one has ended."""
@@ -193,7 +196,7 @@ class Volume:
         engine = self.engine
         with trio.move_on_after(DOWN_LIMIT_S):
             while engine is not None and (engine.exclusive or engine.gone) and not engine.deposed:
-                await self._wait_change()
+                await self._changed.wait()
         self._stop_copier()
         await self._copier_ended.wait()
         self._scope.cancel()
@@ -226,14 +229,14 @@ class Volume:
         """True when the member has the state and admits I/O."""
         with trio.move_on_after(limit_s):
             while not self.serving and not self.ended.is_set():
-                await self._wait_change()
+                await self._changed.wait()
         return self.serving
 
     async def wait_phase(self, phase: str, limit_s: float) -> None:
         """Returns when the volume is in `phase`, has left for where a person has to decide, or after `limit_s`."""
         with trio.move_on_after(limit_s):
             while (engine := self.engine) is None or engine.phase != phase:
-                await self._wait_change()
+                await self._changed.wait()
                 if engine is not None and (engine.state.paused or engine.state.phase is not Phase.COPYING):
                     return
 
@@ -280,6 +283,8 @@ class Volume:
         while engine is not None and (effects := engine.take_effects()):
             for effect in effects:
                 self._perform(engine, effect)
+        if engine is not None and not engine.quiet:
+            self._pacer.stir()
         self._wake()
 
     def _perform(self, engine: LeaderEngine, effect: Effect) -> None:
@@ -316,8 +321,15 @@ class Volume:
             self._pump()
 
     async def _tick(self) -> None:
+        """Often while something is under way. An engine that is quiet is woken for by what happens to it."""
         while True:
-            await trio.sleep(TICK_S)
+            if self.engine is None or self.engine.quiet:
+                with trio.move_on_after(TICK_QUIET_S) as waited:
+                    await self._changed.wait()
+                if not waited.cancelled_caught:
+                    continue
+            else:
+                await trio.sleep(TICK_S)
             if self.engine is not None:
                 self.engine.application_busy = trio.current_time() - self._last_request_s < BUSY_S
                 self.engine.tick(trio.current_time())
@@ -325,17 +337,9 @@ class Volume:
                 self.progress.sample(trio.current_time(), self.engine, self.copier)
 
     def _wake(self) -> None:
-        async def notify() -> None:
-            async with self.changed:
-                self.changed.notify_all()
-
-        if self.changed.statistics().tasks_waiting and self._nursery is not None:
-            self._nursery.start_soon(notify)
-
-    async def _wait_change(self) -> None:
-        with trio.move_on_after(TICK_S):
-            async with self.changed:
-                await self.changed.wait()
+        """Who waits for a change looks again. To lose none: take `_changed`, look, and only then wait for it."""
+        self._changed.set()
+        self._changed = trio.Event()
 
     # ------------------------------------------------------------ member
 
@@ -406,13 +410,16 @@ class Volume:
     async def _mind_copier(self) -> None:
         """A transfer process runs while there is something to copy, or could be again."""
         while True:
-            engine = self.engine
+            changed, engine = self._changed, self.engine
             wanted = engine is not None and not engine.deposed and self._needs_copier(engine)
+            again_s = math.inf
             if wanted and self._copier_scope is None:
                 await self._run_copier()
             elif not wanted and engine is not None and engine.quarantine:
                 await self._end_quarantine()
-            await self._wait_change()
+                again_s = TICK_S  # nobody tells when the lock is free
+            with trio.move_on_after(again_s):
+                await changed.wait()
 
     async def _run_copier(self) -> None:
         engine = self.engine
@@ -436,7 +443,7 @@ class Volume:
     async def _stop_copier_when_idle(self) -> None:
         """When the phase needs no copying any more (commit, abort), its process ends and its legs are closed."""
         while (engine := self.engine) is not None and self._needs_copier(engine):
-            await self._wait_change()
+            await self._changed.wait()
         self._stop_copier()
 
     def _needs_copier(self, engine: LeaderEngine) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from shadowvol.core import changes, flushround, transitions, windows
 from shadowvol.core.geometry import Run
 from shadowvol.core.kernel import Kernel
-from shadowvol.core.legs import LEG_NAMES, SOURCE, TARGET, Phase
+from shadowvol.core.legs import LEG_NAMES, S_OK, SOURCE, T_OK, TARGET, Phase
 from shadowvol.core.messages import Answer, Ask, ClearUndo, Fault
 from shadowvol.core.records import Keys, VolumeRecord, VolumeState, encode_leader, encode_state
 from shadowvol.core.rules import NONE_OMITTED
@@ -282,6 +282,15 @@ class LeaderEngine(Kernel):
         if self.state.phase is Phase.COPYING and self.state.goal is None and self.map.count_both() == len(self.map):
             return Phase.SYNCED
         return self.state.phase
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is under way, and nothing begins only because time passes: a tick does nothing until an event."""
+        under_way = self._asks or self.exclusive or self.windows or self.faults or self.copier_jobs or self._txn_task
+        if under_way or self._txns or self.state.goal is not None:
+            return False
+        copying = self.state.phase is Phase.COPYING and not self.state.paused
+        return not copying or self.map.next_one_legged(0, (S_OK, T_OK)) < 0
 
     def doing(self) -> dict[str, Any]:
         """A snapshot for status and logs: exclusive change under way, windows with their step."""
