@@ -305,10 +305,19 @@ class World:
             self.pump_leader(leader)
 
     def _member_tick(self, member: Member) -> None:
+        """A shell may leave out the ticks of a quiet engine: they must come to nothing."""
         if not member.alive:
             return
         if self.now >= member.paused_until:
+            self.pump_member(member)  # what a pause has put off
+            quiet = member.engine.quiet
+            self.coverage["member quiet"] += quiet
             member.engine.tick(self.now)
+            effects = member.engine.take_effects()
+            if quiet and effects:
+                raise AssertionError("a member that called itself quiet acted on a tick")
+            for effect in effects:
+                self._member_effect(member, effect)
             self.pump_member(member)
             for ask in member.engine.outstanding():
                 if self.rng.random() < 0.1:

@@ -192,6 +192,11 @@ class MemberState:
             self._freeze is not None,
         )
 
+    @property
+    def quiet(self) -> bool:
+        """Nothing happens because time passes: until something is logged or a window opens, a tick does nothing."""
+        return not self.windows and not self.activity.logged
+
     # ------------------------------------------------------------------ the picture of the map
 
     @property

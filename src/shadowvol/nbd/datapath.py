@@ -16,7 +16,7 @@ Invariants
   and step 2 is left out if it has been done without a failure. Every call of the engine is followed by `perform`.
 
 Waiting: writes blocked by an overlapping one wait for `_overlap_ended`, all others for `changed`, so that a held write
-is not woken by each of its neighbours that ends.
+is not woken by each of its neighbours that ends. The member's clock, slow while nothing goes on, is `stirred`.
 """
 
 import errno
@@ -63,6 +63,8 @@ class DataPath:
         self.gate = gate
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
+        self.waiting = 0  # requests that wait for something to change
+        self.stirred = threading.Condition(self.lock)  # notified when one begins to wait
         self.counters = Counters()
         self.flushing = [0, 0]  # flushes under way, by leg
         self._legs = legs
@@ -298,7 +300,12 @@ class DataPath:
     def _wait_changed(self, condition: threading.Condition | None = None) -> None:
         if self._stopped:
             raise OSError(errno.ESHUTDOWN, "the member is stopping")
-        (condition or self.changed).wait(WAIT_S)
+        self.waiting += 1
+        self.stirred.notify()
+        try:
+            (condition or self.changed).wait(WAIT_S)
+        finally:
+            self.waiting -= 1
 
     # ------------------------------------------------------------------ failures
 

@@ -36,6 +36,7 @@ from shadowvol.nbd.gate import Gate
 from shadowvol.nbd.openlegs import LegRecord, OpenLegs
 
 TICK_S = 0.05
+TICK_QUIET_S = 0.5  # while the engine's clock has nothing to do and no request waits
 STATS_S = 0.25  # between two statistics frames
 STATS_IDLE_S = 1.0  # and while nothing is done
 LEG_RETRY_S = 3.0  # a dead leg is tried again this often
@@ -103,7 +104,7 @@ class Member:
         self.data = DataPath(self.engine, self.gate, self.legs, self._queue, self.log)
         self._listen_fd = listen_fd
         self._link = AgentLink(spec.link, self._hello, self._asks, self._received, self.log)
-        self._flushes: SimpleQueue[int] = SimpleQueue()
+        self._flushes: SimpleQueue[int | None] = SimpleQueue()  # None: the member stops
         self._leg_jobs: SimpleQueue[DoPrepare | None] = SimpleQueue()  # None: look what is to be let go
         self._stopping = threading.Event()
         self._clients = 0
@@ -122,6 +123,7 @@ class Member:
 
     def stop(self) -> None:
         self._stopping.set()
+        self._flushes.put(None)
         self._link.stop()
         self.data.stop()
 
@@ -135,6 +137,7 @@ class Member:
     def client_left(self) -> None:
         with self.data.lock:
             self._clients -= 1
+            self.data.stirred.notify()
 
     def log(self, text: str) -> None:
         _logger.warning("%s: %s", self.spec.volume, text)
@@ -165,11 +168,9 @@ class Member:
                 self._leg_jobs.put(effect)
 
     def _flush(self) -> None:
-        try:
-            token = self._flushes.get(timeout=LEG_POLL_S)
-        except Empty:
-            return
-        self.data.flush_legs(token)
+        token = self._flushes.get()
+        if token is not None:
+            self.data.flush_legs(token)
 
     # ------------------------------------------------------------------ link
 
@@ -205,11 +206,17 @@ class Member:
                 self._keep_only_open_legs()
             self.data.perform()
             self.data.changed.notify_all()
+            self.data.stirred.notify()
 
     # ------------------------------------------------------------------ clock and statistics
 
     def _tick(self) -> None:
-        self._stopping.wait(self._until_tick_s())
+        with self.data.lock:
+            quiet = self.engine.quiet and not self.data.waiting and not self._going_down
+            if quiet and self.data.stirred.wait(TICK_QUIET_S):
+                return
+        if not quiet:
+            self._stopping.wait(self._until_tick_s())
         with self.data.lock:
             if self._going_down and not self._clients and not self._clock_skip_s:
                 self._clock_skip_s = _DOWN_SKIP_S
@@ -318,8 +325,9 @@ class Member:
     def _mind_legs(self) -> None:
         retry_at_s = time.monotonic() + LEG_RETRY_S
         while not self._stopping.is_set():
+            closing = any(self.legs.is_open(leg) and not self.legs.kept[leg] for leg in (SOURCE, TARGET))
             try:
-                job = self._leg_jobs.get(timeout=LEG_POLL_S)
+                job = self._leg_jobs.get(timeout=LEG_POLL_S if closing else LEG_RETRY_S)
             except Empty:
                 job = None
             if job is not None:
@@ -378,6 +386,7 @@ class Member:
                 clients = self._clients
                 if force or not clients:
                     first, self._going_down = not self._going_down, True
+                    self.data.stirred.notify()
                     break
             if time.monotonic() >= until_s:
                 self._link.post({"type": "DownRefused", "clients": clients})
