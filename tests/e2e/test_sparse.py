@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tests.support.load import Fio
 from tests.support.poll import wait_for
-from tests.support.product import MIB, Product, Volume, make_source, resident_mib, written_size
+from tests.support.proc import memory_mib
+from tests.support.product import MIB, Product, Volume, make_source, written_size
 
 GIB = 1 << 30
 TIB = 1 << 40
@@ -32,7 +33,7 @@ def test_activity_log_keeps_up_with_writes_all_over_a_large_volume(
     wait_for(lambda: (volume.status()["io"]["zones_logged"] or 0) > 100, 20, "zones are logged")
     record_property("iops", [before, after])
     print(f"random 4 KiB writes: {before:.0f} IOPS in setup, {after:.0f} mirrored")
-    assert after > 0  # how much slower is scripts/bench_sparse's to say: a timed test would only be flaky
+    assert after > 0  # how much slower is scripts/bench_growth's to say: a timed test would only be flaky
     volume.wait_synced()
 
 
@@ -50,7 +51,7 @@ def test_a_tebibyte_nearly_empty_is_synced_soon_with_little_memory(
     started_s = time.monotonic() - begun_s
     status = volume.wait_synced()
     synced_s = time.monotonic() - begun_s
-    memory = {name: resident_mib(status["processes"][name]) for name in ("agent", "member")}
+    memory = {name: memory_mib(status["processes"][name])[0] for name in ("agent", "member")}
     record_property("seconds", [started_s, synced_s])
     record_property("rss_mib", memory)
     print(f"created, up and started in {started_s:.1f} s, synced after {synced_s:.1f} s, resident MiB {memory}")

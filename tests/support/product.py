@@ -19,6 +19,7 @@ from typing import Any
 
 from shadowvol.agent import client
 from shadowvol.agent.paths import Home
+from tests.support.interruption import ended_by_signals
 from tests.support.poll import wait_for
 
 COMMAND = str(Path(sysconfig.get_paths()["scripts"]) / "shadowvol")
@@ -205,14 +206,15 @@ def assert_same_bytes(one: Path, other: Path, size_bytes: int, volume: Volume | 
 
 @contextmanager
 def private_product(prefix: str, directory: Path | None = None) -> Iterator[tuple[Product, Path]]:
-    """For scripts: a host of its own and a folder for its legs; both are gone at the end."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
-    product = Product(folder / "h")
-    try:
-        yield product, folder
-    finally:
-        product.end()
-        shutil.rmtree(folder)
+    """For scripts: a host of its own and a folder for its legs; both are gone at the end, of which kind it may be."""
+    with ended_by_signals():
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
+        product = Product(folder / "h")
+        try:
+            yield product, folder
+        finally:
+            product.end()
+            shutil.rmtree(folder)
 
 
 def make_source(path: Path, size_bytes: int, data_bytes: int | None = None) -> Path:
@@ -224,14 +226,6 @@ def make_source(path: Path, size_bytes: int, data_bytes: int | None = None) -> P
         file.flush()
         os.fsync(file.fileno())  # else the first flush of the leg has all of it to write
     return path
-
-
-def resident_mib(pid: int) -> float:
-    """What the process has in memory, in MiB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise AssertionError(f"process {pid} has no VmRSS")
 
 
 def written_size(path: Path) -> int:
