@@ -26,6 +26,7 @@ def peer(folder: Path, name: str, command: tuple[str, ...] | list[str], image: P
     finally:
         process.terminate()
         process.wait()
+        socket.unlink(missing_ok=True)  # nbdkit leaves it, and refuses to listen where one is
 
 
 def _answers(uri: str) -> bool:
