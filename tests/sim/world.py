@@ -305,17 +305,17 @@ class World:
             self.pump_leader(leader)
 
     def _member_tick(self, member: Member) -> None:
-        """A shell may leave out the ticks of a quiet engine: they must come to nothing."""
+        """A shell may leave out the ticks of an engine at rest: they must come to nothing."""
         if not member.alive:
             return
         if self.now >= member.paused_until:
             self.pump_member(member)  # what a pause has put off
-            quiet = member.engine.quiet
-            self.coverage["member quiet"] += quiet
+            at_rest = member.engine.at_rest
+            self.coverage["member at rest"] += at_rest
             member.engine.tick(self.now)
             effects = member.engine.take_effects()
-            if quiet and effects:
-                raise AssertionError("a member that called itself quiet acted on a tick")
+            if at_rest and effects:
+                raise AssertionError("a member at rest acted on a tick")
             for effect in effects:
                 self._member_effect(member, effect)
             self.pump_member(member)
@@ -632,14 +632,14 @@ class World:
             self.at(0.05, lambda: self._copier_up(leader))
 
     def _leader_tick(self, leader: Leader) -> None:
-        """A shell may leave out the ticks of a quiet engine: they must come to nothing."""
+        """A shell may leave out the ticks of an engine at rest: they must come to nothing."""
         if leader.alive:
-            quiet = leader.engine.quiet
-            self.coverage["leader quiet"] += quiet
+            at_rest = leader.engine.at_rest
+            self.coverage["leader at rest"] += at_rest
             leader.engine.tick(self.now)
             acted = self.pump_leader(leader)
-            if quiet and acted:
-                raise AssertionError("a leader that called itself quiet acted on a tick")
+            if at_rest and acted:
+                raise AssertionError("a leader at rest acted on a tick")
             self.at(TICK_S, lambda: self._leader_tick(leader))
 
     def kill_leader(self, zombie: bool) -> None:

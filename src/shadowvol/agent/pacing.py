@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shadowvol.core.leader import LeaderEngine
 
 PACE_S = 0.25
-PACE_QUIET_S = 2.0  # while no volume has anything under way
+PACE_AT_REST_S = 2.0  # while no volume has anything under way
 COPIES_MAX = 2
 DEADLINE_MARGIN = 1.15  # a deadline's rate leaves time for quiet turns and the last flush
 
@@ -50,10 +50,10 @@ class Pacer:
 
     async def run(self) -> None:
         while True:
-            quiet = all(volume.engine is None or volume.engine.quiet for volume in self._volumes.values())
-            if quiet:
+            at_rest = all(volume.engine is None or volume.engine.at_rest for volume in self._volumes.values())
+            if at_rest:
                 self._stirred = trio.Event()
-                with trio.move_on_after(PACE_QUIET_S):
+                with trio.move_on_after(PACE_AT_REST_S):
                     await self._stirred.wait()
             else:
                 await trio.sleep(PACE_S)

@@ -165,7 +165,7 @@ async def _status(agent: "Agent", name: str | None, options: dict[str, Any]) -> 
     waited = agent.volumes.get(name) if name is not None and "until" in options else None
     if waited is not None:
         await waited.wait_phase(options["until"], float(options["limit_s"]))
-    snapshot = await agent.coordinator.read("volumes/")
+    snapshot = await agent.coordinator.read("volumes/" if name is None else Keys(name).prefix)
     names = [name] if name is not None else volume_names(snapshot.entries)
     found: list[dict[str, Any]] = []
     for each in names:

@@ -52,7 +52,7 @@ from shadowvol.core.steps import (
 from shadowvol.core.throttle import Pace
 
 TICK_S = 0.05
-TICK_QUIET_S = 2.0  # while the engine says that time alone brings nothing on
+TICK_AT_REST_S = 2.0  # while the engine says that time alone brings nothing on
 LEAD_RETRY_S = 1.0  # between attempts to take the leadership while the coordinator cannot be reached
 DOWN_LIMIT_S = 15.0  # for a member to drain, flush and empty its log
 BUSY_S = 2.0  # the application counts as busy so long after a request
@@ -283,7 +283,7 @@ class Volume:
         while engine is not None and (effects := engine.take_effects()):
             for effect in effects:
                 self._perform(engine, effect)
-        if engine is not None and not engine.quiet:
+        if engine is not None and not engine.at_rest:
             self._pacer.stir()
         self._wake()
 
@@ -321,10 +321,10 @@ class Volume:
             self._pump()
 
     async def _tick(self) -> None:
-        """Often while something is under way. An engine that is quiet is woken for by what happens to it."""
+        """Often while something is under way; an engine at rest needs no tick until something happens to it."""
         while True:
-            if self.engine is None or self.engine.quiet:
-                with trio.move_on_after(TICK_QUIET_S) as waited:
+            if self.engine is None or self.engine.at_rest:
+                with trio.move_on_after(TICK_AT_REST_S) as waited:
                     await self._changed.wait()
                 if not waited.cancelled_caught:
                     continue

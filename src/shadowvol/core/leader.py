@@ -284,7 +284,7 @@ class LeaderEngine(Kernel):
         return self.state.phase
 
     @property
-    def quiet(self) -> bool:
+    def at_rest(self) -> bool:
         """Nothing is under way, and nothing begins only because time passes: a tick does nothing until an event."""
         under_way = self._asks or self.exclusive or self.windows or self.faults or self.copier_jobs or self._txn_task
         if under_way or self._txns or self.state.goal is not None:

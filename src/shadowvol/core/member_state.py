@@ -193,7 +193,7 @@ class MemberState:
         )
 
     @property
-    def quiet(self) -> bool:
+    def at_rest(self) -> bool:
         """Nothing happens because time passes: until something is logged or a window opens, a tick does nothing."""
         return not self.windows and not self.activity.logged
 

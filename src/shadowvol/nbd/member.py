@@ -36,7 +36,7 @@ from shadowvol.nbd.gate import Gate
 from shadowvol.nbd.openlegs import LegRecord, OpenLegs
 
 TICK_S = 0.05
-TICK_QUIET_S = 0.5  # while the engine's clock has nothing to do and no request waits
+TICK_AT_REST_S = 0.5  # while the engine's clock has nothing to do and no request waits
 STATS_S = 0.25  # between two statistics frames
 STATS_IDLE_S = 1.0  # and while nothing is done
 LEG_RETRY_S = 3.0  # a dead leg is tried again this often
@@ -212,10 +212,10 @@ class Member:
 
     def _tick(self) -> None:
         with self.data.lock:
-            quiet = self.engine.quiet and not self.data.waiting and not self._going_down
-            if quiet and self.data.stirred.wait(TICK_QUIET_S):
+            at_rest = self.engine.at_rest and not self.data.waiting and not self._going_down
+            if at_rest and self.data.stirred.wait(TICK_AT_REST_S):
                 return
-        if not quiet:
+        if not at_rest:
             self._stopping.wait(self._until_tick_s())
         with self.data.lock:
             if self._going_down and not self._clients and not self._clock_skip_s:
