@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,16 +101,7 @@ class Product:
 
     def end(self) -> None:
         """Kill everything that holds a file of this home: agent, members, copiers. Nothing else."""
-        for _ in range(3):
-            pids = [pid for pid in _processes() if _belongs(pid, self.home)]
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            if not pids:
-                return
-            wait_for(lambda pids=pids: not any(map(_alive, pids)), DEADLINE_S, "all processes have ended")
+        _end_processes(lambda words: _belongs(words, self.home))
 
 
 @dataclass
@@ -214,6 +205,7 @@ def private_product(prefix: str, directory: Path | None = None) -> Iterator[tupl
             yield product, folder
         finally:
             product.end()
+            _end_processes(lambda words: any(str(folder) in word for word in words))  # a fio that was just starting
             shutil.rmtree(folder)
 
 
@@ -246,11 +238,28 @@ def _alive(pid: int) -> bool:
     return any(state.rsplit(")", 1)[1].split()[0] not in "ZX" for state in states)
 
 
-def _belongs(pid: int, home: Path) -> bool:
-    """Its command line names the home (agent: --home; member and copier: the path of their lock)."""
+def _belongs(words: list[str], home: Path) -> bool:
+    """The command line names the home (agent: --home; member and copier: the path of their lock)."""
+    return any(str(home) in word for word in words) and any("shadowvol" in w or "nbdkit" in w for w in words)
+
+
+def _end_processes(is_ours: Callable[[list[str]], bool]) -> None:
+    """Kill those whose command line is ours, and what they started meanwhile."""
+    for _ in range(3):
+        pids = [pid for pid in _processes() if is_ours(_command_line(pid)) and _alive(pid)]
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        if not pids:
+            return
+        wait_for(lambda pids=pids: not any(map(_alive, pids)), DEADLINE_S, "all processes have ended")
+
+
+def _command_line(pid: int) -> list[str]:
+    """Its words; none if it is gone."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return False
-    ours = any(str(home) in word for word in words) and any("shadowvol" in w or "nbdkit" in w for w in words)
-    return ours and _alive(pid)
+        return []
