@@ -19,7 +19,18 @@ import pytest
 
 from shadowvol.core.geometry import KIB, MIB, Run
 from shadowvol.core.latency import bucket_end_ns
-from shadowvol.core.messages import Close, Fault, Freeze, HoldBlocks, LogZones, Open, ReleaseBlocks, SetState, Thaw, Touched
+from shadowvol.core.messages import (
+    Close,
+    Fault,
+    Freeze,
+    HoldBlocks,
+    LogZones,
+    Open,
+    ReleaseBlocks,
+    SetState,
+    Thaw,
+    Touched,
+)
 from shadowvol.nbd.filter.usable import SWITCH
 from tests.support.filter_build import build_disturbed_filter, build_filter
 from tests.support.nbd_member import Client, NbdMember, leg_record, nbd_member, sparse_file

@@ -125,7 +125,7 @@ def test_a_hold_keeps_new_writes_to_its_blocks_only(copying: NbdMember) -> None:
 
 
 def test_a_closed_window_needs_the_engine_only_where_it_is_held(copying: NbdMember, legs: tuple[Path, Path]) -> None:
-    """Who writes without Python does so, to both legs; a hold of any block takes it back from them, and gives it again."""
+    """The filter writes to both legs by itself; a hold takes the regions of its blocks from it, and gives them back."""
     leader = copying.leader
     client = copying.client()
 

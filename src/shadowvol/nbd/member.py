@@ -213,8 +213,9 @@ class Member:
     def _tick(self) -> None:
         with self.data.lock:
             at_rest = self.engine.at_rest and not self.data.waiting and not self._going_down
-            if at_rest and self.data.stirred.wait(TICK_AT_REST_S):
-                return
+            stirred = at_rest and self.data.stirred.wait(TICK_AT_REST_S)
+        if stirred and time.monotonic() < self._stats_sent_s + STATS_IDLE_S:
+            return  # and look whether all is still at rest; but clients that come and go must not keep statistics away
         if not at_rest:
             self._stopping.wait(self._until_tick_s())
         with self.data.lock:
