@@ -373,6 +373,8 @@ def _converge(world: World) -> None:
         leader = world.leader
         if leader is None or leader.engine.exclusive or leader.engine.windows or leader.engine.sync_queued:
             return False
+        if leader.engine.commands:
+            return False
         members = [member for member in world.members.values() if member is not None]
         if len(members) < len(world.members):
             return False

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from shadowvol.core import windows
+from shadowvol.core import commands, windows
 from shadowvol.core.geometry import Geometry
 from shadowvol.core.inflight import Ticket
 from shadowvol.core.leader import LeaderEngine
@@ -113,6 +113,7 @@ class Profile:
         ("member started", "kill leader", 0.05),
     )  # (event, what happens within trouble_s after it, with which probability)
     trouble_s: float = 0.05
+    members_may_stay_away: bool = False  # else all are back soon, and no verb has to give up
 
 
 @dataclass(eq=False)
@@ -186,6 +187,7 @@ class World:
         self.value = 0
         self.command_number = 0
         self.commands_open: dict[int, str] = {}
+        self.answers: dict[int, tuple[float, int, str]] = {}  # of commands: when, exit code, text
         self.calm = False
         self.stopping = False
         self.power_epoch = 0
@@ -706,6 +708,9 @@ class World:
         elif isinstance(effect, CommandDone):
             verb = self.commands_open.pop(effect.number, "?")
             self.note(f"command {verb}: {effect.code} {effect.text}")
+            self.answers[effect.number] = (self.now, effect.code, effect.text)
+            if commands.is_overdue(effect) and not self.profile.members_may_stay_away:
+                self.history.problems.append(f"{verb} was overdue at {self.now:.3f}: {effect.text}")
             self.coverage[f"{verb} -> {effect.code}"] += 1
         elif isinstance(effect, Deposed):
             self.coverage["leader deposed"] += 1

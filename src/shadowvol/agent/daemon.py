@@ -20,6 +20,7 @@ import trio
 from shadowvol.agent import client, verbs
 from shadowvol.agent.access import apply_to_directories
 from shadowvol.agent.client import AGENT_LOCK_HELD_EXIT
+from shadowvol.agent.errors import FAILED, VerbError
 from shadowvol.agent.metrics.address import MetricsAddress
 from shadowvol.agent.metrics.reading import read_agent
 from shadowvol.agent.notify import Notifier
@@ -140,7 +141,7 @@ class Agent:
         try:
             await volume.run()
         except Exception as error:
-            volume.error = f"supervision failed: {error!r}"
+            volume.error = VerbError(FAILED, str(error) if isinstance(error, RecordError) else _failed(volume, error))
             _logger.exception("%s: supervision failed; starting it again", volume.name)
             await trio.sleep(VOLUME_RESTART_S)
             if self.volumes.get(volume.name) is volume and not isinstance(error, RecordError):
@@ -217,6 +218,10 @@ class Agent:
             code, text, data = 1, f"the agent failed at it: {error!r} (its log has more)", None
         _logger.debug("agent: answered %r with code %d %s", line[:200], code, text)
         return {"code": code, "text": text, "data": data}
+
+
+def _failed(volume: Volume, error: Exception) -> str:
+    return f"the supervision of volume {volume.name} failed ({error!r}), it is started again; the agent's log has more"
 
 
 def _is_us(connection: trio.socket.SocketType) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from shadowvol.agent.errors import VerbError, no_such_volume
+from shadowvol.agent.errors import FAILED, VerbError, no_such_volume
 from shadowvol.agent.legcheck import check_before_up, failed_leg
 from shadowvol.agent.snapshot import live_status, record_of
 from shadowvol.agent.status import status_of
@@ -96,8 +96,9 @@ async def _up(agent: "Agent", name: str) -> Outcome:
         record = await record_up(agent.coordinator, name)
     volume = agent.bring_up(record.config)
     if not await volume.wait_serving(UP_LIMIT_S):
-        why = volume.error or "its member did not start"
-        return 1, f"volume {name} does not serve yet: {why}; see the agent's log {agent.home.agent_log}", None
+        error = volume.error or VerbError(FAILED, "its member did not start")
+        text = f"volume {name} does not serve yet: {error.text}; see the agent's log {agent.home.agent_log}"
+        return error.code, text, None
     engine = volume.engine
     if engine is not None and not engine.state.up:
         code, text = await volume.command("wishes", {"up": True})

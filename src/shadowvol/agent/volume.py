@@ -10,7 +10,6 @@ ended and awaited, the record read again, and a new engine starts from it. Membe
 import logging
 import math
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -18,8 +17,10 @@ import trio
 
 from shadowvol.agent.access import SocketAccess
 from shadowvol.agent.attachment import Attachment
+from shadowvol.agent.commands import Commands
 from shadowvol.agent.copier import Copier
 from shadowvol.agent.dataplane import DataPlane
+from shadowvol.agent.errors import UNREACHABLE, VerbError
 from shadowvol.agent.logkeeper import LogKeeper
 from shadowvol.agent.pacing import Pacer
 from shadowvol.agent.paths import Home
@@ -76,7 +77,7 @@ class Volume:
         self.config = config
         self.host = host
         self.engine: LeaderEngine | None = None
-        self.error: str | None = None  # why no leadership is held
+        self.error: VerbError | None = None  # why no leadership is held, as a verb is told
         self.progress = Progress()
         self.allowed = Pace(None)  # to its copy, by the throttle of this host
         self.copies_ahead: list[str] = []  # whose copies it waits for
@@ -87,8 +88,7 @@ class Volume:
         self._coordinator = coordinator
         self._pacer = pacer
         self._changed = trio.Event()  # set, and replaced, whenever the engine may have changed
-        self._commands: dict[int, Callable[[int, str], None]] = {}
-        self._command_number = 0
+        self._commands = Commands(self, self._pump, lambda: self._changed.wait())
         self._last_request_s = -BUSY_S  # when the application was last seen at work
         self._log = LogKeeper(config.name, coordinator, host)
         self._nursery: trio.Nursery | None = None
@@ -107,7 +107,7 @@ class Volume:
         """Until take_down() or cancellation. Cancelled (the agent ends), the member is left running."""
         try:
             with self._scope:
-                record = await self._read()
+                record = await self._read_when_reachable()
                 self._log.load(record)
                 self.plane = DataPlane(
                     self.name,
@@ -132,10 +132,10 @@ class Volume:
                     nursery.start_soon(self._mind_copier)
                     await self._lead_for_ever()
         finally:
-            self.engine = None
-            self._answer_all(1, f"volume {self.name} went down meanwhile; shadowvol status shows how it stands")
+            engine, self.engine = self.engine, None
             self.listening.set()  # nobody waits for it any more
             self.ended.set()
+            self._commands.leadership_ended(engine)
             self._wake()
 
     async def _lead_for_ever(self) -> None:
@@ -148,9 +148,7 @@ class Volume:
                     continue
                 record = await self._read()
             except CoordinatorUnreachable as error:
-                self.error = f"the record of truth cannot be reached: {error}"
-                _logger.error("%s: %s; trying again", self.name, self.error)
-                await trio.sleep(LEAD_RETRY_S)
+                await self._is_unreachable(error)
                 continue
             self.error = None
             self.config = record.config
@@ -168,9 +166,23 @@ class Volume:
             self._pump()
             await self._deposed.wait()
             self.engine = None
-            self._answer_all(1, "the leadership was lost meanwhile; look at the status and try again")
+            self._commands.leadership_ended(engine)
             self._stop_copier()
             await self._copier_ended.wait()
+
+    async def _is_unreachable(self, error: CoordinatorUnreachable) -> None:
+        """Verbs are told, and it is time for another attempt when this returns."""
+        self.error = VerbError(UNREACHABLE, f"the record of truth cannot be reached: {error}")
+        _logger.error("%s: %s; trying again", self.name, self.error.text)
+        self._wake()
+        await trio.sleep(LEAD_RETRY_S)
+
+    async def _read_when_reachable(self) -> VolumeRecord:
+        while True:
+            try:
+                return await self._read()
+            except CoordinatorUnreachable as error:
+                await self._is_unreachable(error)
 
     async def _read(self) -> VolumeRecord:
         snapshot = await self._coordinator.read(Keys(self.name).prefix)
@@ -180,7 +192,8 @@ class Volume:
 
     async def take_down(self, force: bool) -> tuple[int, str]:
         """Drain, flush, end the member. (exit code, text). Refused with clients connected unless `force`."""
-        assert self.plane is not None
+        if self.plane is None:  # nothing was started yet
+            return UNREACHABLE, f"{self.error.text if self.error else 'the record of truth does not answer'}; try again"
         if self.plane.incarnation is not None:
             self.plane.ask_down(force)
             with trio.move_on_after(DOWN_LIMIT_S):
@@ -207,23 +220,9 @@ class Volume:
 
     async def command(self, verb: str, options: dict[str, Any]) -> tuple[int, str]:
         """Hand a verb to the engine; (exit code, text) when it has ended."""
-        if self.engine is None:
-            return 6 if self.error else 1, self.error or f"volume {self.name} is starting; try again"
-        self._command_number += 1
-        number = self._command_number
-        done = trio.Event()
-        outcome: list[tuple[int, str]] = []
-
-        def answered(code: int, text: str) -> None:
-            outcome.append((code, text))
-            done.set()
-
-        self._commands[number] = answered
-        self.engine.command(number, verb, options, trio.current_time())
-        self._pump()
-        await done.wait()
+        outcome = await self._commands.perform(verb, options)
         self._pacer.pace()
-        return outcome[0]
+        return outcome
 
     async def wait_serving(self, limit_s: float) -> bool:
         """True when the member has the state and admits I/O."""
@@ -254,11 +253,6 @@ class Volume:
         self.config = config
         if self.engine is not None:
             self.engine.config = config
-
-    def _answer_all(self, code: int, text: str) -> None:
-        commands, self._commands = self._commands, {}
-        for answered in commands.values():
-            answered(code, text)
 
     def pace(self, allowed: Pace, copies_ahead: list[str]) -> None:
         """What the throttle of this host allows now."""
@@ -303,9 +297,7 @@ class Volume:
         elif isinstance(effect, DoProbe):
             self.copier.probe(effect.job, effect.step)
         elif isinstance(effect, CommandDone):
-            answered = self._commands.pop(effect.number, None)
-            if answered is not None:
-                answered(effect.code, effect.text)
+            self._commands.done(effect)
         elif isinstance(effect, Deposed):
             _logger.warning("%s: leadership of epoch %d ended: %s", self.name, engine.epoch, effect.reason)
             self._deposed.set()

@@ -56,6 +56,7 @@ class PendingAsk:
     task: Task
     wanted: dict[str, Request]
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    asked_s: float = 0.0
     sent_s: float = 0.0
     deadline_s: float | None = None
 
@@ -113,6 +114,11 @@ class Kernel:
 
     def emit(self, effect: Effect) -> None:
         self._effects.append(effect)
+
+    def silent_hosts(self, since_s: float) -> list[str]:
+        """Those that have left a request unanswered for so long."""
+        late = [pending for pending in self._asks.values() if self.now_s - pending.asked_s >= since_s]
+        return sorted({host for pending in late for host in pending.wanted})
 
     def spawn(self, steps: Steps, name: str, window: "Window | None" = None) -> None:
         task = Task(steps, name, window)
@@ -205,7 +211,7 @@ class Kernel:
             if host in incarnations
         }
         deadline = None if step.timeout_s is None else self.now_s + step.timeout_s
-        self._asks[self._seq] = PendingAsk(task, wanted, {}, self.now_s, deadline)
+        self._asks[self._seq] = PendingAsk(task, wanted, {}, self.now_s, self.now_s, deadline)
         for host, request in wanted.items():
             self.emit(SendTo(host, request))
         self._maybe_answered(self._seq)

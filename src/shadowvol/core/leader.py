@@ -8,7 +8,7 @@ core/kernel.py runs them step by step. No I/O, clock or thread is here: the shel
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shadowvol.core import changes, flushround, transitions, windows
+from shadowvol.core import changes, commands, flushround, transitions, windows
 from shadowvol.core.geometry import Run
 from shadowvol.core.kernel import Kernel
 from shadowvol.core.legs import LEG_NAMES, S_OK, SOURCE, T_OK, TARGET, Phase
@@ -29,7 +29,8 @@ from shadowvol.core.steps import (
 from shadowvol.core.txn import Compare, Holds, Txn
 
 RESEND_S = 0.5  # an unanswered request is sent again after this long
-COMMANDS_MAX = 32  # operator commands waiting for the exclusive queue
+COMMANDS_MAX = 32  # operators' verbs that have not ended
+
 
 @dataclass(slots=True)
 class LegHealth:
@@ -85,7 +86,7 @@ class LeaderEngine(Kernel):
         self.faults: list[tuple[str, Ask]] = []
         self.clear_queued = False
         self.legs = (LegHealth(), LegHealth())
-        self.commands_waiting = 0
+        self.commands: list[Command] = []  # that have not ended
         self.freeze_began_s = 0.0
         self.goal_retry_s = 0.0
         self._transition_number = 0
@@ -157,11 +158,12 @@ class LeaderEngine(Kernel):
     def command(self, number: int, verb: str, options: dict[str, Any], now_s: float) -> None:
         """An operator's verb; answered by CommandDone."""
         self.now_s = now_s
-        if self.commands_waiting >= COMMANDS_MAX:
+        if len(self.commands) >= COMMANDS_MAX:
             self.emit(CommandDone(number, 1, "too many commands are waiting; nothing changed"))
             return
-        self.commands_waiting += 1
-        self.queue_exclusive(transitions.perform(self, Command(number, verb, options)), verb)
+        command = Command(number, verb, options, now_s)
+        self.commands.append(command)
+        self.spawn(commands.steps(self, command), verb)
         self._run_waiting()
 
     def tick(self, now_s: float) -> None:
@@ -175,13 +177,20 @@ class LeaderEngine(Kernel):
                 for host, request in pending.wanted.items():
                     self.emit(SendTo(host, request))
         transitions.advance_goal(self)
+        commands.answer_overdue(self)
         self._run_waiting()
 
     # ------------------------------------------------------------ what protocols use
 
     def done(self, command: Command, code: int, text: str = "") -> None:
-        self.commands_waiting -= 1
-        self.emit(CommandDone(command.number, code, text))
+        """The verb has ended. Nobody is told any more if it was answered before: that it goes on."""
+        self.commands.remove(command)
+        self.answer(command, code, text)
+
+    def answer(self, command: Command, code: int, text: str) -> None:
+        if not command.answered:
+            command.answered = True
+            self.emit(CommandDone(command.number, code, text))
 
     def txn(
         self,

@@ -144,8 +144,13 @@ class WindowVoid(Exception):
     """Thrown into a window's protocol when its record is gone."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Command:
+    """An operator's verb on its way (core/commands.py)."""
+
     number: int
     verb: str
     options: dict[str, Any]
+    asked_s: float = 0.0
+    begun_s: float | None = None  # None: nothing has been done for it
+    answered: bool = False  # although it may still go on

@@ -22,16 +22,22 @@ PREPARE_LIMIT_S = 10.0  # opening legs may take a while; nothing is held meanwhi
 HOLD_LIMIT_S = 2.0  # new writes are held for at most this long before the transition is given up
 FAULT_RETRIES_MAX = 3  # open faults found while preparing are settled first, then it is tried again
 
+WISHES = ("pause", "resume", "throttle", "wishes")  # verbs that members need not know of
 REFUSED = 3
 FAILED = 1
 
 
 class Refusal(Exception):
-    """A verb that is not allowed now: exit code and text."""
+    """A verb that is not allowed now: exit code and text. `held`: members may still hold writes for it."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
         self.code = code
+        self.held = False
+
+
+class MemberWent(Exception):
+    """A member went while the verb was prepared. Nothing has changed; the verb may begin again when it is back."""
 
 
 def refusal(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> str | None:
@@ -41,10 +47,8 @@ def refusal(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> str |
     preferred = LEG_NAMES[state.preferred]
     all_source = leader.map.is_ok(SOURCE, 0, len(leader.map))
     all_target = leader.map.is_ok(TARGET, 0, len(leader.map))
-    if verb in ("pause", "resume", "throttle", "wishes"):
+    if verb in WISHES:
         return None
-    if not leader.live:
-        return f"volume {name} is down; bring it up first: shadowvol up {name}"
     if state.goal is not None:
         wait = f"shadowvol wait {name} --for {'setup' if state.goal == 'abort' else 'synced'}"
         paused = f"; copying is paused, so shadowvol resume {name} first" if state.paused else ""
@@ -101,14 +105,14 @@ def _stands(leader: "LeaderEngine") -> str:
 
 
 def perform(leader: "LeaderEngine", command: Command) -> Steps:
-    """One command from its check to its answer."""
+    """One command from its check to its answer. Raises MemberWent."""
     verb = command.verb
     why = refusal(leader, verb, command.options)
     if why is not None:
         leader.done(command, REFUSED, why)
         return
     try:
-        if verb in ("pause", "resume", "throttle", "wishes"):
+        if verb in WISHES:
             yield from _wish(leader, command)
         elif verb == "abort":
             yield from _abort(leader, command.options)
@@ -116,6 +120,7 @@ def perform(leader: "LeaderEngine", command: Command) -> Steps:
             yield from transition(leader, verb, command.options)
     except Refusal as refused:
         leader.done(command, refused.code, str(refused))
+        yield from _let_go_on(refused)
     else:
         leader.done(command, 0)
 
@@ -160,9 +165,18 @@ def _finish_goal(leader: "LeaderEngine", goal: str) -> Steps:
         else:
             yield Persist(lambda: leader.txn(state=leader.change_state(goal=None)))
             leader.state = leader.change_state(goal=None)
+    except MemberWent:
+        pass  # when it is back
     except Refusal as refused:
         leader.state = leader.change_state(last_error=f"{goal}: {refused}")
         leader.goal_retry_s = leader.now_s + 5.0
+        yield from _let_go_on(refused)
+
+
+def _let_go_on(refused: Refusal) -> Steps:
+    """Nothing else is begun before every member has let its writes go; nobody waits for that with the answer."""
+    if refused.held:
+        yield AskAll(Thaw(), "x")
 
 
 # ---------------------------------------------------------------- the transition itself
@@ -195,7 +209,7 @@ def _let_go(state: VolumeState, verb: str, options: dict[str, Any]) -> int | Non
 
 
 def transition(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> Steps:
-    """Steps 1-5. Raises Refusal with nothing changed."""
+    """Steps 1-5. Raises Refusal and MemberWent with nothing changed."""
     outcome = _outcome(leader.state, verb, options)
     number = leader.next_transition()
     preparing = dumps({"verb": verb, "id": number, "epoch": leader.epoch, "state": "preparing"})
@@ -208,8 +222,11 @@ def transition(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> St
     # 2. PREPARE: every member checks what the verb needs; then new writes are held, those in flight finish.
     try:
         yield from _prepare(leader, verb)
-    except Refusal:
-        yield AskAll(Thaw(), "x")
+    except (Refusal, MemberWent) as error:
+        # A silent member is not waited for here: that the verb is refused is said first, then it gets its Thaw.
+        answers = yield AskAll(Thaw(), "x", timeout_s=HOLD_LIMIT_S if isinstance(error, Refusal) else None)
+        if isinstance(error, Refusal):
+            error.held = not leader.live.keys() <= answers.keys()
         yield Persist(lambda: leader.txn(deletes=(leader.keys.transition,)))
         leader.transition = None
         raise
@@ -273,17 +290,17 @@ def transition(leader: "LeaderEngine", verb: str, options: dict[str, Any]) -> St
 
 
 def _prepare(leader: "LeaderEngine", verb: str) -> Steps:
-    hosts = sorted(leader.live)
-    if leader.sync_queued or leader.unresolved:
-        raise Refusal(REFUSED, f"a member of volume {leader.config.name} is joining or being recovered; try again")
+    members = dict(leader.live)
+    if not members or leader.sync_queued or leader.unresolved:
+        raise MemberWent
     legs = {"start": (SOURCE, TARGET), "cutover": (TARGET,), "undo": (SOURCE,), "commit": (TARGET,)}.get(verb, ())
     records = {LEG_NAMES[leg]: leader.leg_spec(leg) for leg in legs}
     answers = yield AskAll(Prepare(verb, records), "x", timeout_s=PREPARE_LIMIT_S)
-    _all_said_yes(leader, verb, hosts, answers)
+    _all_said_yes(leader, verb, members, answers, f"its member did not answer within {PREPARE_LIMIT_S:g} s")
     for _ in range(FAULT_RETRIES_MAX):
         leader.freeze_began_s = leader.now_s
         answers = yield AskAll(Freeze(None, reads=False, writes=True), "x", timeout_s=HOLD_LIMIT_S)
-        _all_said_yes(leader, verb, hosts, answers)
+        _all_said_yes(leader, verb, members, answers, f"writes in flight did not end within {HOLD_LIMIT_S:g} s")
         faults = [(leg, [(lo, hi) for lo, hi in runs]) for a in answers.values() for leg, runs in a["faults"]]
         if not faults:
             break
@@ -299,9 +316,13 @@ def _prepare(leader: "LeaderEngine", verb: str) -> Steps:
         raise Refusal(REFUSED, "abort: the source is not complete any more")
 
 
-def _all_said_yes(leader: "LeaderEngine", verb: str, hosts: list[str], answers: dict[str, dict[str, Any]]) -> None:
-    for host in hosts:
+def _all_said_yes(
+    leader: "LeaderEngine", verb: str, members: dict[str, int], answers: dict[str, dict[str, Any]], too_late: str
+) -> None:
+    if leader.live != members:
+        raise MemberWent
+    for host in members:
         if host not in answers:
-            raise Refusal(REFUSED, f"{verb}: host {host} did not prepare in time; nothing changed")
+            raise Refusal(REFUSED, f"{verb}: host {host} did not prepare in time ({too_late}); nothing changed")
         if "no" in answers[host]:
             raise Refusal(REFUSED, f"{verb}: host {host} is not prepared: {answers[host]['no']}; nothing changed")
