@@ -39,7 +39,7 @@ def at_rest(world: World) -> bool:
     return not engine(world).exclusive and not engine(world).windows and not engine(world).commands
 
 
-def engine(world: World):  # noqa: ANN201 (LeaderEngine)
+def engine(world: World):
     assert world.leader is not None
     return world.leader.engine
 
