@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from shadowvol.core.commands import RUN_LIMIT_S, TURN_LIMIT_S
+from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.legs import TARGET, Phase
 from shadowvol.core.transitions import HOLD_LIMIT_S, PREPARE_LIMIT_S
 from tests.sim.hunts import STILL
@@ -39,17 +40,18 @@ def at_rest(world: World) -> bool:
     return not engine(world).exclusive and not engine(world).windows and not engine(world).commands
 
 
-def engine(world: World):
+def engine(world: World) -> LeaderEngine:
     assert world.leader is not None
     return world.leader.engine
 
 
 def order(world: World, verb: str) -> int:
     """The command's number."""
+    assert world.leader is not None
     world.command_number += 1
     world.commands_open[world.command_number] = verb
     options = {"early": True} if verb in ("cutover", "undo") else {}
-    engine(world).command(world.command_number, verb, options, world.now)
+    world.leader.engine.command(world.command_number, verb, options, world.now)
     world.pump_leader(world.leader)
     return world.command_number
 
