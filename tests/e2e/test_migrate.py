@@ -51,7 +51,8 @@ def test_a_new_volume_is_synced_under_load_by_the_commands_that_a_dry_run_shows(
     product: Product, legs: Path, tmp_path: Path, words: list[str], started: list[Script]
 ) -> None:
     """The dry run makes nothing, not even the home; the journal is in the log as well."""
-    options = ("--rate", "8MiB/s", "--min-rate", "1MiB/s", "--impact", "max", "--region-size", "64KiB")
+    rates = ("--rate", "8MiB/s", "--min-rate", "1MiB/s", "--finish-by", "2h", "--impact", "low")
+    options = (*rates, "--region-size", "64KiB")
     before = picture([product], legs)
     dry = run_script(product, tmp_path, "migrate", *words, *options, "--dry-run").ends(0, "nothing was")
     assert picture([product], legs) == before and not product.home.exists()
@@ -69,6 +70,9 @@ def test_a_new_volume_is_synced_under_load_by_the_commands_that_a_dry_run_shows(
         load.stop()
     assert commands_in(journal) == commands_in(dry) and len(commands_in(dry)) == 5
     assert f"applications use {volume.uri}" in journal
+    throttle = volume.status()["copy"]["throttle"]
+    assert (throttle["rate_bytes_per_s"], throttle["min_rate_bytes_per_s"], throttle["impact"]) == (8 * MIB, MIB, "low")
+    assert throttle["finish_by"] is not None
     assert (tmp_path / "log").read_text() == journal
     volume.wait_synced()
     load.check_file(volume.source)
@@ -107,6 +111,8 @@ def test_what_is_wrong_is_refused_before_anything_is_changed(
     cases: list[tuple[str, list[str], int, str]] = [
         ("a bad name", ["V!", *words[1:]], 2, "is not a volume name"),
         ("a bad rate", [*words, "--rate", "fast"], 2, "is not a rate"),
+        ("a time that is none", [*words, "--finish-by", "soon"], 2, "is not a time"),
+        ("a time that is over", [*words, "--finish-by", "2001-01-01T00:00"], 2, "is over already"),
         ("a rate of 0", [*words, "--rate", "0MiB/s"], 2, "is not a rate"),
         ("a bad region size", [*words, "--region-size", "3MiB"], 2, "power of two"),
         ("no target", ["v", "--source", str(legs / "source")], 2, "go together"),
