@@ -32,15 +32,25 @@ def test_flags_then_environment_then_file_then_defaults(tmp_path: Path) -> None:
 
 def test_settings_of_the_agent_are_found_in_the_same_order(tmp_path: Path) -> None:
     file = tmp_path / "shadowvol.toml"
-    file.write_text(f'home = "/h"\nlog_level = "error"\nsocket_group = "{os.getegid()}"\nsocket_mode = "0666"\n')
+    file.write_text(
+        f'home = "/h"\nlog_level = "error"\nsocket_group = "{os.getegid()}"\nsocket_mode = "0666"\ncopies_max = "5"\n'
+    )
     found = resolve_agent(environment={}, config_file=file)
-    assert found == AgentSettings("error", SocketAccess(0o666, os.getegid()))
-    environment = {"SHADOWVOL_LOG_LEVEL": "DEBUG", "SHADOWVOL_SOCKET_MODE": "660"}
+    assert found == AgentSettings("error", SocketAccess(0o666, os.getegid()), copies_max=5)
+    environment = {"SHADOWVOL_LOG_LEVEL": "DEBUG", "SHADOWVOL_SOCKET_MODE": "660", "SHADOWVOL_COPIES_MAX": "1"}
     found = resolve_agent(environment=environment, config_file=file)
-    assert found == AgentSettings("debug", SocketAccess(0o660, os.getegid()))
-    found = resolve_agent({"log_level": "info"}, environment=environment, config_file=tmp_path / "none")
-    assert found == AgentSettings("info", SocketAccess(0o660, None))
-    assert resolve_agent(environment={}, config_file=tmp_path / "none").access == SocketAccess(0o600, None)
+    assert found == AgentSettings("debug", SocketAccess(0o660, os.getegid()), copies_max=1)
+    flags = {"log_level": "info", "copies_max": "64"}
+    found = resolve_agent(flags, environment=environment, config_file=tmp_path / "none")
+    assert found == AgentSettings("info", SocketAccess(0o660, None), copies_max=64)
+    found = resolve_agent(environment={}, config_file=tmp_path / "none")
+    assert found.access == SocketAccess(0o600, None) and found.copies_max == 2
+
+
+@pytest.mark.parametrize("text", ["0", "65", "two", "1.5", "-1", "\u0663"])
+def test_a_number_of_copies_that_cannot_be_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SettingsError, match="1 to 64"):
+        resolve_agent({"copies_max": text}, environment={}, config_file=tmp_path / "none")
 
 
 @pytest.mark.parametrize("content", ["home = 1", "socket_mode = 0o660", 'hom = "x"', "home", '[home]\nx = "y"'])

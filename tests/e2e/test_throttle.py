@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.load import Fio
 from tests.support.poll import wait_for
 from tests.support.product import MIB, Product, Volume, make_source
@@ -87,6 +89,22 @@ def test_two_copies_run_at_once_and_others_wait_their_turn(product: Product, leg
         volume.run("throttle", "--rate", "none")
         volume.wait_synced()
         volume.assert_legs_equal()
+
+
+def test_as_many_copies_run_at_once_as_the_agent_is_told(
+    product: Product, legs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHADOWVOL_COPIES_MAX", "1")
+    first, second = [
+        Volume.make(product, make_source(legs / f"source-{name}", 8 * MIB), legs / f"target-{name}", name=name)
+        for name in ("a", "b")
+    ]
+    first.run("throttle", "--rate", "64KiB/s")
+    first.run("start")
+    second.run("start")
+    wait_for_reason(second, "waits for its turn: a copy first on this host")
+    first.run("pause")
+    second.wait_synced()
 
 
 def _reads(volume: Volume) -> bool:

@@ -62,7 +62,7 @@ class Agent:
         self._notifier = notifier
         self.volumes: dict[str, Volume] = {}
         self.broken: dict[str, str] = {}  # volumes whose record does not check out
-        self.pacer = Pacer(self.volumes)
+        self.pacer = Pacer(self.volumes, agent_settings.copies_max)
         self.coming_and_going: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)  # one up or down at a time
         self.metrics: MetricsEndpoint | None = None
         self._metrics_address = agent_settings.metrics

@@ -1,7 +1,7 @@
 """Paces the copies of this host: feeds core/throttle.py with what members measure, and gives each copier its rate.
 
-One task over all volumes that are up here. At most COPIES_MAX of them copy at once, in the order in which they came to
-want it; who pauses, backs off or is done gives its place away.
+One task over all volumes that are up here. At most `copies_max` of them copy at once, in the order in which they came
+to want it; who pauses, backs off or is done gives its place away.
 """
 
 import time
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 PACE_S = 0.25
 PACE_AT_REST_S = 2.0  # while no volume has anything under way
-COPIES_MAX = 2
 DEADLINE_MARGIN = 1.15  # a deadline's rate leaves time for quiet turns and the last flush
 
 
@@ -39,8 +38,9 @@ class _Heard:
 class Pacer:
     """`volumes`: the agent's own dict of those that are up. Call run() in a task."""
 
-    def __init__(self, volumes: "dict[str, Volume]") -> None:
+    def __init__(self, volumes: "dict[str, Volume]", copies_max: int) -> None:
         self._volumes = volumes
+        self._copies_max = copies_max
         self._throttle = AdaptiveThrottle()
         self._places: list[str] = []  # who wants to copy, the first come first
         self._copied: dict[str, int] = {}  # as last seen, of a volume's running copier
@@ -88,7 +88,7 @@ class Pacer:
         wanting = {name for name, engine in engines.items() if _wants_to_copy(engine)}
         self._places = [name for name in self._places if name in wanting]
         self._places += sorted(wanting - set(self._places))
-        copying = self._places[:COPIES_MAX]
+        copying = self._places[: self._copies_max]
         self._note_copied(copying)
         orders = [_copying(name, engines[name], wall_s) for name in copying]
         paces = self._throttle.plan(now_s, orders)

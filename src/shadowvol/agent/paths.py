@@ -23,7 +23,7 @@ SYSTEM_HOME = Path("/var/lib/shadowvol")
 SOCKET_PATH_BYTES_MAX = 107  # sun_path has 108 bytes and ends with a NUL
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")  # a part of keys, so without "/"
 _KEYS = ("home", "state", "host")
-AGENT_KEYS = ("log_level", "socket_group", "socket_mode", "metrics")  # settings.py
+AGENT_KEYS = ("log_level", "socket_group", "socket_mode", "metrics", "copies_max")  # settings.py
 
 
 class SettingsError(ValueError):

@@ -146,6 +146,7 @@ def _chosen(invocation: Invocation, names: tuple[str, ...]) -> list[str]:
     metavar="ADDRESS:PORT",
     help="Serve metrics for Prometheus there; PORT alone: on loopback (SHADOWVOL_METRICS).  [default: none]",
 )
+@click.option("--copies-max", metavar="N", help="How many volumes copy at once.  [default: 2]")
 @pass_invocation
 def agent(
     invocation: Invocation,
@@ -153,11 +154,18 @@ def agent(
     socket_group: str | None,
     socket_mode: str | None,
     metrics: str | None,
+    copies_max: str | None,
 ) -> int:
     """Be the agent of this host, in the foreground."""
     from shadowvol.agent.daemon import run_agent
 
-    flags = {"log_level": log_level, "socket_group": socket_group, "socket_mode": socket_mode, "metrics": metrics}
+    flags = {
+        "log_level": log_level,
+        "socket_group": socket_group,
+        "socket_mode": socket_mode,
+        "metrics": metrics,
+        "copies_max": copies_max,
+    }
     settings, agent_settings = invocation.settings, invocation.agent_settings(flags)
     invocation.prepare()
     return run_agent(settings, agent_settings)
