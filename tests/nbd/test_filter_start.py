@@ -8,6 +8,7 @@ import pytest
 from shadowvol.core.geometry import MIB
 from shadowvol.nbd.filter.usable import SWITCH, usable_filter
 from tests.support.filter_build import build_filter, build_for_another_nbdkit
+from tests.support.loopdev import mounted
 from tests.support.nbd_member import NbdMember, leg_record, nbd_member, sparse_file
 
 SIZE = 64 * MIB
@@ -69,6 +70,15 @@ def test_the_dry_start_is_done_once_for_each_build(tmp_path: Path) -> None:
     assert usable_filter(environment).why_not == "as it was kept"
     assert build_for_another_nbdkit(tmp_path) == built
     assert "incompatible" in (usable_filter(environment).why_not or "")
+
+
+def test_a_filter_on_a_read_only_file_system_is_used(tmp_path: Path) -> None:
+    """It is tried at each start, since nothing can be kept there. As with a read-only /usr."""
+    built, place = build_filter(tmp_path), tmp_path / "mnt"
+    with mounted(built.parent, place, "--bind", "-o", "ro"):
+        read_only = place / built.name
+        assert usable_filter({SWITCH: str(read_only)}).path == read_only
+        assert usable_filter({SWITCH: str(read_only)}).path == read_only
 
 
 def test_the_switch_switches_it_off(tmp_path: Path) -> None:

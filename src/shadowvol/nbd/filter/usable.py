@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,4 +84,5 @@ def _keep(kept: Path, key: list[list[str | int]], why_not: str | None) -> None:
         new.write_text(json.dumps({"key": key, "why_not": why_not}), encoding="utf-8")
         new.replace(kept)
     except OSError:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only file system a file that is not there cannot be removed either
+            new.unlink()
