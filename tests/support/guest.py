@@ -23,6 +23,7 @@ _INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/usr/bin:/bin HOME=/ PYTHONPATH=/src/src:/src PYTHONDONTWRITEBYTECODE=1
 mount -t proc p /proc; mount -t sysfs s /sys; mount -t devtmpfs d /dev; mount -t tmpfs t /tmp
+hostname guest
 ln -sf /proc/mounts /etc/mtab
 ln -s /usr/bin/python3.11 /usr/bin/python3
 for module in $(cat /modules/order); do insmod /modules/$module; done
@@ -34,9 +35,10 @@ poweroff -f
 
 
 class Guest:
-    """`files`: what of the repository is to be in it, below /src. Boots at once."""
+    """`files`: what of the repository is to be in it, below /src. `disks`: raw images, /dev/vda and so on. Boots at
+    once; close() is its loss of power."""
 
-    def __init__(self, files: tuple[str, ...], log: Path) -> None:
+    def __init__(self, files: tuple[str, ...], log: Path, disks: tuple[Path, ...] = ()) -> None:
         self._log = log
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._connection: socket.socket | None = None
@@ -46,6 +48,9 @@ class Guest:
         command = ["qemu-system-x86_64", "-M", "q35,usb=off", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]
         command += ["-m", str(MEMORY_MIB), "-nodefaults", "-no-reboot", "-display", "none", "-serial", f"file:{log}"]
         command += ["-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0,romfile="]
+        for number, disk in enumerate(disks):
+            command += ["-drive", f"file={disk},format=raw,if=none,id=disk{number}"]
+            command += ["-device", f"virtio-blk-pci,drive=disk{number}"]
         command += ["-kernel", str(folder / "vmlinuz"), "-initrd", str(initrd)]
         command += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "guest"
 KERNEL = "linux-image-cloud-amd64"
-MODULES = ("virtio_pci", "virtio_net", "nbd", "ext4", "crc32c_generic")  # those that are not built in
+MODULES = ("virtio_pci", "virtio_net", "virtio_blk", "nbd", "ext4", "crc32c_generic")  # those that are not built in
 PROGRAMS = ("nbd-client", "mke2fs", "e2fsck")
 PYTHON = Path("/usr/bin/python3.11")
 LIBRARY = (
@@ -105,13 +105,13 @@ def _build(work: Path) -> None:
     archive.character_device("dev/console", 5, 1)
     for folder in ("proc", "sys", "mnt", "tmp", "etc", "bin"):
         archive.folder(folder)
-    archive.copy(Path(_which("busybox")), "bin/busybox")
+    archive.copy(Path(which("busybox")), "bin/busybox")
     order = _with_dependencies(tree)
     for module in order:
         archive.copy(module, f"modules/{module.name}")
     archive.file("modules/order", "\n".join(module.name for module in order).encode())
     for program in PROGRAMS:
-        _program(archive, Path(_which(program)), f"usr/bin/{program}")
+        _program(archive, Path(which(program)), f"usr/bin/{program}")
     _program(archive, PYTHON, str(PYTHON).lstrip("/"))
     for source in _library():
         archive.copy(source)
@@ -178,12 +178,17 @@ def _program(archive: Archive, path: Path, name: str) -> None:
 
 
 def _libraries(archive: Archive, path: Path) -> None:
-    done = subprocess.run(["ldd", str(path)], capture_output=True, text=True, check=False)
-    for library in re.findall(r"(/\S+) \(0x", done.stdout):
-        archive.file(library.lstrip("/"), Path(library).read_bytes())
+    for library in libraries_of(path):
+        archive.file(str(library).lstrip("/"), library.read_bytes())
 
 
-def _which(program: str) -> str:
+def libraries_of(binary: Path) -> list[Path]:
+    """The shared libraries that the loader takes for it, its own included."""
+    done = subprocess.run(["ldd", str(binary)], capture_output=True, text=True, check=False)
+    return [Path(library) for library in re.findall(r"(/\S+) \(0x", done.stdout)]
+
+
+def which(program: str) -> str:
     found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     assert found is not None, f"{program} is missing: scripts/setup"
     return found
