@@ -9,7 +9,7 @@ import pytest
 
 from shadowvol.core.commands import RUN_LIMIT_S, TURN_LIMIT_S
 from shadowvol.core.leader import LeaderEngine
-from shadowvol.core.legs import TARGET, Phase
+from shadowvol.core.legs import SOURCE, TARGET, Phase
 from shadowvol.core.transitions import HOLD_LIMIT_S, PREPARE_LIMIT_S
 from tests.sim.hunts import STILL
 from tests.sim.scenario import Client
@@ -145,6 +145,20 @@ def test_a_verb_that_a_stopped_member_does_not_prepare_is_aborted_in_time() -> N
         assert code == 3 and "the member on host h0 does not answer" in text and "nothing changed" in text
     go_on(world, member)
     assert do(world, "cutover") == (0, "")
+    assert_sound(world)
+
+
+def test_an_abort_that_ends_between_its_two_halves_says_so() -> None:
+    """Its undo is done, its second half is not prepared."""
+    world = synced_world()
+    assert do(world, "cutover") == (0, "")
+    number = order(world, "abort")
+    world.run_until(world.now + BACK_S, lambda: (world.record().transition or {}).get("verb") == "abort")
+    member = stop(world)
+    code, text = answer(world, number, PREPARE_LIMIT_S + HOLD_LIMIT_S + SLACK_S)
+    assert code == 1 and "reads from the source again, and is not aborted" in text and "nothing changed" not in text
+    assert world.record().state.preferred == SOURCE
+    go_on(world, member)
     assert_sound(world)
 
 

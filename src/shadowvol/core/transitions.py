@@ -35,6 +35,10 @@ class Refusal(Exception):
         self.code = code
         self.held = False
 
+    def become(self, code: int, text: str) -> None:
+        """What is known later."""
+        self.code, self.args = code, (text,)
+
 
 class MemberWent(Exception):
     """A member went while the verb was prepared. Nothing has changed; the verb may begin again when it is back."""
@@ -119,7 +123,7 @@ def perform(leader: "LeaderEngine", command: Command) -> Steps:
         else:
             yield from transition(leader, verb, command.options)
     except Refusal as refused:
-        leader.done(command, refused.code, str(refused))
+        leader.done(command, refused.code, f"{refused}; nothing changed" if refused.code == REFUSED else str(refused))
         yield from _let_go_on(refused)
     else:
         leader.done(command, 0)
@@ -141,9 +145,16 @@ def _abort(leader: "LeaderEngine", options: dict[str, Any]) -> Steps:
         yield Persist(lambda: leader.txn(state=leader.change_state(goal="abort")))
         leader.state = leader.change_state(goal="abort")
         return
-    if leader.state.preferred == TARGET:
+    switches = leader.state.preferred == TARGET
+    if switches:
         yield from transition(leader, "undo", options)
-    yield from transition(leader, "abort", options)
+    try:
+        yield from transition(leader, "abort", options)
+    except Refusal as refused:
+        if switches:
+            name = leader.config.name
+            refused.become(FAILED, f"{refused}; volume {name} reads from the source again, and is not aborted")
+        raise
 
 
 def advance_goal(leader: "LeaderEngine") -> None:
@@ -308,7 +319,7 @@ def _prepare(leader: "LeaderEngine", verb: str) -> Steps:
         yield from changes.clear_bits(leader, faults)
         yield from changes.clear(leader)
     else:
-        raise Refusal(REFUSED, f"{verb}: a leg keeps failing: {leader.last_leg_error() or 'unknown'}; nothing changed")
+        raise Refusal(REFUSED, f"{verb}: a leg keeps failing: {leader.last_leg_error() or 'unknown'}")
     why = refusal(leader, verb, {"early": True, "force": True})
     if why is not None and leader.state.goal is None:
         raise Refusal(REFUSED, why)
@@ -323,6 +334,6 @@ def _all_said_yes(
         raise MemberWent
     for host in members:
         if host not in answers:
-            raise Refusal(REFUSED, f"{verb}: host {host} did not prepare in time ({too_late}); nothing changed")
+            raise Refusal(REFUSED, f"{verb}: host {host} did not prepare in time ({too_late})")
         if "no" in answers[host]:
-            raise Refusal(REFUSED, f"{verb}: host {host} is not prepared: {answers[host]['no']}; nothing changed")
+            raise Refusal(REFUSED, f"{verb}: host {host} is not prepared: {answers[host]['no']}")
