@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shadowvol.agent.volume import DOWN_LIMIT_S
 from shadowvol.core.commands import TURN_LIMIT_S
 from shadowvol.core.transitions import HOLD_LIMIT_S, PREPARE_LIMIT_S
 from tests.support.endings import Ended, Keep, run
@@ -134,6 +135,25 @@ def test_a_stopped_member_is_named_in_time_and_nothing_has_changed(volume: Volum
             assert volume.phase[1] == "target" and volume.status()["transition"] is None
         volume.run("undo")
     assert volume.phase[1] == "source" and not volume.status()["paused"]
+
+
+@pytest.mark.parametrize("options", ["", " --force"])
+def test_down_with_a_stopped_member_ends_it(volume: Volume, options: str, keep: Keep) -> None:
+    """With --force the volume goes down; without, a new member serves it, since nobody can say who is connected."""
+    with stopped_member(volume) as pid:
+        ended, took_s = timed(volume, f"down v{options}")
+    keep("member stopped", f"down v{options}", ended.code, ended.line)
+    assert took_s < 2 * DOWN_LIMIT_S + SLACK_S
+    if options:
+        assert ended.code == 0 and not volume.status()["up"], ended
+        volume.run("up")
+    else:
+        ended.assert_refused(1, ("its member has not answered", "was replaced", "the volume is up"))
+    assert volume.product.pid("v", "member") != pid
+    volume.run("cutover")
+    volume.run("down")
+    volume.run("up")
+    volume.assert_legs_equal()
 
 
 def test_a_stopped_member_that_is_killed_makes_way_for_the_verb(volume: Volume) -> None:

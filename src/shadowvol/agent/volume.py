@@ -20,7 +20,8 @@ from shadowvol.agent.attachment import Attachment
 from shadowvol.agent.commands import Commands
 from shadowvol.agent.copier import Copier
 from shadowvol.agent.dataplane import DataPlane
-from shadowvol.agent.errors import UNREACHABLE, VerbError
+from shadowvol.agent.errors import FAILED, UNREACHABLE, VerbError
+from shadowvol.agent.iostatus import is_fresh
 from shadowvol.agent.logkeeper import LogKeeper
 from shadowvol.agent.pacing import Pacer
 from shadowvol.agent.paths import Home
@@ -191,13 +192,20 @@ class Volume:
         return decode_volume(self.name, snapshot.entries)
 
     async def take_down(self, force: bool) -> tuple[int, str]:
-        """Drain, flush, end the member. (exit code, text). Refused with clients connected unless `force`."""
+        """Drain, flush, end the member. (exit code, text). Refused with clients connected unless `force`.
+
+        A member that hangs is killed in any case: what it was asked it might do much later."""
         if self.plane is None:  # nothing was started yet
             return UNREACHABLE, f"{self.error.text if self.error else 'the record of truth does not answer'}; try again"
         if self.plane.incarnation is not None:
             self.plane.ask_down(force)
-            with trio.move_on_after(DOWN_LIMIT_S):
+            with trio.move_on_after(DOWN_LIMIT_S) as waiting:
                 await self.plane.down_ready.wait()
+            if waiting.cancelled_caught and not is_fresh(self.plane.age_s()):  # else it is slow, and has no clients
+                self.plane.kill()
+                if not force:
+                    silent = f"volume {self.name}: its member has not answered for {DOWN_LIMIT_S:g} s, and was replaced"
+                    return FAILED, f"{silent}; the volume is up; shadowvol down {self.name} tries again"
             if self.plane.down_clients:
                 clients = self.plane.down_clients
                 return 3, f"volume {self.name} has {clients} client connection(s); disconnect them, or use --force"

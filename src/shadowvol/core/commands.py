@@ -71,10 +71,17 @@ def answer_overdue(leader: "LeaderEngine") -> None:
         if command.begun_s is None:
             if leader.now_s - command.asked_s >= TURN_LIMIT_S:
                 why = f"{_what_is_waited_for(leader)}; {_WITHDRAWN}"
-                leader.done(command, REFUSED, f"{command.verb}: {why}\n{_what_to_do(leader)}")
+                leader.done(command, REFUSED, f"{_word(command)}: {why}\n{_what_to_do(leader)}")
         elif leader.now_s - command.begun_s >= RUN_LIMIT_S:
             why = f"{_what_is_waited_for(leader)}; it goes on, and ends when that does"
-            leader.answer(command, GOES_ON, f"{command.verb}: {why}\n{_what_to_do(leader)}")
+            leader.answer(command, GOES_ON, f"{_word(command)}: {why}\n{_what_to_do(leader)}")
+
+
+def _word(command: Command) -> str:
+    """What the operator has typed."""
+    if command.verb == "wishes":
+        return "up" if command.options.get("up") else "down"
+    return command.verb
 
 
 def is_overdue(answer: CommandDone) -> bool:
