@@ -56,6 +56,10 @@ class Ended:
     text: str
 
 
+# With vfork, Popen's child has the default handlers before it has the session of its own: a Ctrl-C then kills the verb.
+subprocess._USE_VFORK = False
+
+
 class Shadowvol:
     """The command with its global options. Each verb is a process of its own."""
 

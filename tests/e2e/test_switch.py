@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,6 +222,32 @@ def test_interrupted_in_the_cutover_it_is_a_whole_one(volume: Volume, tmp_path: 
         os.kill(member, signal.SIGCONT)
     script.ends(7, "interrupted (SIGINT)", "reads from the target")
     assert volume.phase == ("synced", "target")
+
+
+BEING_STARTED = f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import changewindow
+changewindow.Interrupts()
+print("#", end="", flush=True)
+shadowvol = changewindow.Shadowvol(changewindow.parser("switch", "").parse_args(["v"]))
+print({{shadowvol.run("--version").code for _ in range(20)}})
+"""
+
+
+def test_a_verb_that_is_being_started_is_not_interrupted() -> None:
+    """Ctrl-C again and again, at every moment of a start: the verbs of a script all end by themselves."""
+    command = [sys.executable, "-c", BEING_STARTED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as script:
+        assert script.stdout is not None
+        assert os.read(script.stdout.fileno(), 1) == b"#"
+
+        def has_ended() -> bool:
+            os.killpg(script.pid, signal.SIGINT)
+            return script.poll() is not None
+
+        wait_for(has_ended, 60, "the script has ended", every_s=0.0005)
+        assert script.stdout.read() == b"{0}\n"
 
 
 @pytest.mark.parametrize(
