@@ -296,7 +296,7 @@ class LeaderEngine(Kernel):
     def at_rest(self) -> bool:
         """Nothing is under way, and nothing begins only because time passes: a tick does nothing until an event."""
         under_way = self._asks or self.exclusive or self.windows or self.faults or self.copier_jobs or self._txn_task
-        if under_way or self._txns or self.state.goal is not None:
+        if under_way or self._txns or self.commands or self.state.goal is not None:
             return False
         copying = self.state.phase is Phase.COPYING and not self.state.paused
         return not copying or self.map.next_one_legged(0, (S_OK, T_OK)) < 0
