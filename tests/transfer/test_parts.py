@@ -1,5 +1,7 @@
 """The pure and small parts of the transfer process: framing, rate limit, comparing memory, planning."""
 
+import errno
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from shadowvol.endpoints.local import open_local
 from shadowvol.transfer.legs import Leg, LegError
 from shadowvol.transfer.memory import BLOCK_BYTES, Buffer, differing_runs, zero_runs
+from shadowvol.transfer.pagecache import CHUNK_BYTES, CachedBefore
 from shadowvol.transfer.plan import PieceKind, Planner, probe_end
 from shadowvol.transfer.throttle import PIECE_BYTES_MAX, PIECE_BYTES_MIN, RateLimit
 from shadowvol.transfer.wire import LINE_BYTES_MAX, LineBuffer, WireError, encode
@@ -106,6 +109,37 @@ def test_zero_and_differing_runs_are_found_by_block() -> None:
     assert differing_runs(one, other, length)[-1] == (4 * BLOCK_BYTES, length)
     one.view[length] = 1
     assert differing_runs(one, other, length)[-1] == (4 * BLOCK_BYTES, length), "beyond the piece nothing counts"
+
+
+# --- the page cache --------------------------------------------------------------------------------------------------
+
+
+def test_pages_that_were_not_there_are_told_across_chunks() -> None:
+    """As they were when the job began, or a chunk before the reading: what is brought in since does not count."""
+    page, end = mmap.PAGESIZE, 2 * CHUNK_BYTES + 100
+    there = {0, 1, CHUNK_BYTES // page}
+    looked: list[int] = []
+
+    def resident(offset: int, length: int) -> bytes:
+        looked.append(offset)
+        return bytes(number in there for number in range(offset // page, -(-(offset + length) // page)))
+
+    before = CachedBefore(resident, 0, end)
+    assert looked == [0], "the first chunk before anything is read"
+    assert before.absent(0, 4 * page) == [(2 * page, 2 * page)]
+    assert looked == [0, CHUNK_BYTES], "one ahead"
+    there.update(range(2 * CHUNK_BYTES // page))
+    edge = CHUNK_BYTES - page
+    assert before.absent(edge, 3 * page) == [(edge, page), (CHUNK_BYTES + page, page)]
+    assert before.absent(2 * CHUNK_BYTES, 100) == [(2 * CHUNK_BYTES, page)], "the last page, in part"
+    assert looked == [0, CHUNK_BYTES, 2 * CHUNK_BYTES], "each chunk once, none beyond the end"
+
+
+def test_where_the_page_cache_cannot_be_seen_nothing_is_dropped() -> None:
+    def refuses(offset: int, length: int) -> bytes:
+        raise OSError(errno.ENODEV, "no mmap here")
+
+    assert CachedBefore(refuses, 0, MIB).absent(0, MIB) == []
 
 
 # --- planning --------------------------------------------------------------------------------------------------------

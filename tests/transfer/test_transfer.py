@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import mmap
 import os
 import random
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from shadowvol.endpoints.identity import identity_of
+from shadowvol.endpoints.kernelcalls import resident_pages
 from shadowvol.transfer.throttle import PIECE_BYTES_MAX
 from tests.support.loopdev import loop_device, small_disk
 from tests.support.nbd_file import nbd_file
@@ -131,6 +133,36 @@ def test_a_smaller_source_is_copied_to_its_last_byte(client: TransferClient, tmp
     client.open(small, target, "none")
     assert client.copy([(0, size)])["ok"]
     assert target.read_bytes() == small.read_bytes() + b"r" * (SIZE - size)
+
+
+@pytest.mark.parametrize("medium", ["file", "loop"])
+def test_a_copy_leaves_the_page_cache_as_it_was(client: TransferClient, tmp_path: Path, medium: str) -> None:
+    """What others had there of the source stays, what the copy brought in is dropped: by the kernel itself for a file
+    (from 6.14 on), by us for a disk. Some of what the kernel read ahead may stay."""
+    size, theirs = 160 * MIB, [(8 * MIB, 8 * MIB), (100 * MIB, 8 * MIB)]
+    file = tmp_path / "source"
+    with file.open("wb") as out:
+        for _ in range(size // MIB):
+            out.write(os.urandom(MIB))
+    with ExitStack() as stack:
+        source = stack.enter_context(loop_device(file)) if medium == "loop" else str(file)
+        fd = os.open(source, os.O_RDONLY)
+        stack.callback(os.close, fd)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead into what is not theirs
+        for offset, length in theirs:
+            os.pread(fd, length, offset)
+        before = resident_pages(fd, 0, size)
+        assert before.count(1) == sum(length for _, length in theirs) // mmap.PAGESIZE
+
+        client.open(source, empty_file(tmp_path / "target", size))
+        assert client.copy([(0, size // 2), (size // 2, size // 2)])["ok"]
+
+        after = resident_pages(fd, 0, size)
+        assert differences(source, tmp_path / "target", size) == []
+    assert all(now for was, now in zip(before, after, strict=True) if was)
+    assert after.count(1) - before.count(1) < 0.1 * len(after)
 
 
 def test_the_digest_tells_what_was_read(client: TransferClient, source: Path, target: Path) -> None:

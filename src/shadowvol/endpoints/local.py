@@ -112,7 +112,8 @@ def _is_aligned_memory(view: memoryview) -> bool:
 
 
 class LocalEndpoint:
-    """Implements Endpoint; made by open_local(). `cache`: what is in effect; `cache_reason`: why not what was asked."""
+    """Implements Endpoint; made by open_local(). `cache`: what is in effect; `cache_reason`: why not what was asked.
+    `reads_once`: whether pread_once() leaves the page cache as it was; None: not known before the first."""
 
     def __init__(self, fd: int, path: str, *, cache: Cache, writable: bool) -> None:
         """Takes over `fd` (buffered) when it returns; when it raises, the caller still owns it."""
@@ -124,7 +125,7 @@ class LocalEndpoint:
         self._fd = fd
         self._direct_fd = -1
         self._align = 1
-        self._reads_once = True
+        self.reads_once: bool | None = None
         self._bounce_idle: deque[memoryview] = deque()
         self._allocation_align = kernelcalls.logical_block_bytes(fd) if self.is_disk else 1
         self._zero_range_works = writable
@@ -146,6 +147,7 @@ class LocalEndpoint:
             self.cache_reason = "O_DIRECT refused: no alignment up to 4096 bytes is accepted"
             return
         self._direct_fd, self._align, self.cache = fd, align, "none"
+        self.reads_once = True
 
     def _probe_punch(self) -> bool:
         if self.is_disk:
@@ -170,15 +172,17 @@ class LocalEndpoint:
             self._read_rest(self._fd, memoryview(buffer), got, offset)
 
     def pread_once(self, buffer: memoryview, offset: int) -> None:
-        """As pread_into, for what nobody will read again: what it brings into the page cache is dropped again."""
-        if self._direct_fd < 0 and self._reads_once:
+        """As pread_into, for what nobody will read again: what it brings into the page cache is dropped again, where
+        the kernel can do that."""
+        if self._direct_fd < 0 and self.reads_once is not False:
             try:
                 got = os.preadv(self._fd, (buffer,), offset, RWF_DONTCACHE)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
-                self._reads_once = False  # a kernel before 6.14, or a file system that cannot
+                self.reads_once = False  # a kernel before 6.14, a disk, or a file system that cannot
             else:
+                self.reads_once = True
                 self._read_rest(self._fd, buffer, got, offset)
                 return
         self.pread_into(buffer, offset)
@@ -367,6 +371,14 @@ class LocalEndpoint:
         """Write a range back, wait, and drop it from the page cache: the next read comes from the medium."""
         flags = kernelcalls.SYNC_WAIT_BEFORE | kernelcalls.SYNC_WRITE | kernelcalls.SYNC_WAIT_AFTER
         kernelcalls.sync_file_range(self._fd, offset, length, flags)
+        self.drop_cached(offset, length)
+
+    def resident_pages(self, offset: int, length: int) -> bytes:
+        """One byte per page: 1, it is in the page cache. `offset` is at a page."""
+        return kernelcalls.resident_pages(self._fd, offset, length)
+
+    def drop_cached(self, offset: int, length: int) -> None:
+        """Drop a range from the page cache, but for what is not on the medium yet: that stays."""
         os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import xxhash
 
 from shadowvol.transfer.legs import LEG_NAMES, Leg, LegError
+from shadowvol.transfer.pagecache import CachedBefore
 from shadowvol.transfer.plan import Planner
 from shadowvol.transfer.wire import Message
 
@@ -77,6 +78,7 @@ class CopyJob:
     source: Leg  # the leg to copy from, whatever its name
     target: Leg
     planner: Planner
+    before: CachedBefore | None  # None: what is read needs no dropping
     plan_lock: threading.Lock = field(default_factory=threading.Lock)
     halt: threading.Event = field(default_factory=threading.Event)  # begin nothing more, give up waiting
     started_s: float = field(default_factory=time.monotonic)
@@ -89,7 +91,9 @@ class CopyJob:
 
     @staticmethod
     def start(order: CopyOrder, source: Leg, target: Leg) -> "CopyJob":
-        return CopyJob(order, source, target, Planner(source, target, order.ranges))
+        # What is copied again under a hold was written just now: the application's pages, all of them.
+        ranges = () if order.urgent else [(offset, length) for offset, length in order.ranges if length > 0]
+        return CopyJob(order, source, target, Planner(source, target, order.ranges), source.cached_before(ranges))
 
     @property
     def finished(self) -> bool:

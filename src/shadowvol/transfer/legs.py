@@ -8,11 +8,13 @@
 
 import errno
 import threading
+from collections.abc import Sequence
 
 from shadowvol.endpoints.base import Extent
 from shadowvol.endpoints.dead import DeadEndpoint
 from shadowvol.endpoints.identity import LegRefused, identity_of
 from shadowvol.endpoints.local import Cache, LocalEndpoint, open_local
+from shadowvol.transfer.pagecache import CachedBefore
 from shadowvol.transfer.wire import Message
 
 LEG_NAMES = ("source", "target")
@@ -45,6 +47,22 @@ class Leg:
         self._write_turn = threading.Lock()
         self.users = 0  # guarded by LegTable
         self.retired = False
+
+    def cached_before(self, ranges: Sequence[tuple[int, int]]) -> CachedBefore | None:
+        """For a job that reads these (offset, length), none of them empty; None: its reads leave nothing behind."""
+        endpoint = self.endpoint
+        if not ranges or not isinstance(endpoint, LocalEndpoint) or endpoint.reads_once:
+            return None
+        start, end = min(offset for offset, _ in ranges), max(offset + length for offset, length in ranges)
+        return CachedBefore(endpoint.resident_pages, start, min(end, endpoint.size_bytes))
+
+    def pread_once(self, buffer: memoryview, offset: int, before: CachedBefore | None) -> None:
+        """As pread_into, and the page cache holds afterwards what it held `before`."""
+        absent = [] if before is None else before.absent(offset, len(buffer))
+        self.pread_into(buffer, offset)
+        if isinstance(self.endpoint, LocalEndpoint) and not self.endpoint.reads_once:
+            for start, length in absent:
+                self.endpoint.drop_cached(start, length)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         try:

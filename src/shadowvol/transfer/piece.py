@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from shadowvol.transfer.jobs import CopyOrder, Tally
+from shadowvol.transfer.jobs import CopyJob, Tally
 from shadowvol.transfer.legs import Leg, LegError
 from shadowvol.transfer.memory import Buffer, differing_runs, zero_runs
 from shadowvol.transfer.plan import Piece, PieceKind
@@ -48,8 +48,9 @@ class PieceCopier:
         self._back = Buffer()  # what the other leg has
         self._behind: deque[tuple[Leg, int, int]] = deque()  # (leg, offset, length): write-back was started
 
-    def run(self, piece: Piece, source: Leg, target: Leg, order: CopyOrder, halt: threading.Event) -> PieceResult:
+    def run(self, piece: Piece, job: CopyJob) -> PieceResult:
         """Raises LegError, naming the leg, or Halted. May be repeated as a whole."""
+        source, target, order, halt = job.source, job.target, job.order, job.halt
         verify, compare_first = order.verify, order.compare_first
         tally, digest = Tally(), None
         if piece.kind is PieceKind.SKIP:
@@ -60,7 +61,7 @@ class PieceCopier:
                 self._verify(piece, source, target, halt)
         else:
             front = self._front.view[: piece.length]
-            source.pread_into(front, piece.offset)
+            source.pread_once(front, piece.offset, job.before)
             tally.read = piece.length
             digest = xxhash.xxh3_128_digest(front)
             if halt.is_set():

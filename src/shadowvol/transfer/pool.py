@@ -155,7 +155,7 @@ class CopyPool:
                     piece = self._plan(job)
                 if piece is None:
                     return None, None
-                return piece, copier.run(piece, job.source, job.target, job.order, job.halt)
+                return piece, copier.run(piece, job)
             except LegError as error:
                 if error.final or attempt == len(RETRY_WAITS_S):
                     raise
