@@ -1,7 +1,7 @@
 """Linux calls that Python's os module lacks: fallocate, sync_file_range, mincore, ioctls of disks and loop devices.
 
-Thin and stateless: each function is one system call (resident_pages maps memory for its). It raises OSError with the call's
-errno and restarts after EINTR.
+Thin and stateless: each function is one system call (resident_pages maps memory for its). It raises OSError with the
+call's errno and restarts after EINTR.
 """
 
 import ctypes
