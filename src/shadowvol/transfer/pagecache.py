@@ -1,7 +1,7 @@
 """What of a leg lay in the page cache before a job read it: that is somebody else's, and stays.
 
 Reading a whole volume through the page cache drives out what applications have there, and memory has to be found for
-every page: a copy of a disk was half as fast for it (measured, docs/performance.md). Where the kernel can read
+every page, which costs the copy time as well (docs/performance.md, "From a disk"). Where the kernel can read
 without that (RWF_DONTCACHE, endpoints/local.py), nothing of this is used. A disk cannot, nor can kernels before 6.14:
 there each piece is dropped again after it was read, but for the pages that had been there.
 
