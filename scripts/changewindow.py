@@ -57,7 +57,7 @@ class Ended:
 
 
 # With vfork, Popen's child has the default handlers before it has the session of its own: a Ctrl-C then kills the verb.
-subprocess._USE_VFORK = False
+subprocess._USE_VFORK = False  # type: ignore[misc]  # a constant for type checkers; the documents say to set it
 
 
 class Shadowvol:
