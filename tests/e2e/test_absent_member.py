@@ -14,7 +14,7 @@ from shadowvol.agent.volume import DOWN_LIMIT_S
 from shadowvol.core.commands import TURN_LIMIT_S
 from shadowvol.core.transitions import HOLD_LIMIT_S, PREPARE_LIMIT_S
 from tests.support.endings import Ended, Keep, run
-from tests.support.load import KeepingClient
+from tests.support.load import KeepingClient, at_work
 from tests.support.poll import wait_for
 from tests.support.product import MIB, Product, Volume, make_source
 
@@ -36,13 +36,8 @@ def volume(product: Product, legs: Path) -> Volume:
 @contextmanager
 def loaded(volume: Volume) -> Iterator[KeepingClient]:
     """A load that reconnects; in the end both legs hold every write that was acknowledged."""
-    load = KeepingClient(volume.uri, SIZE_BYTES, seed=SEED, threads=2)
-    try:
-        load.wait_acknowledged(20)
+    with at_work(volume.uri, SIZE_BYTES, seed=SEED) as load:
         yield load
-        load.wait_acknowledged(20)
-    finally:
-        load.stop()
     volume.wait_synced()
     load.check_file(volume.source)
     load.check_file(volume.target)

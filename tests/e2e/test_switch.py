@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.endings import Keep, picture
-from tests.support.load import KeepingClient
+from tests.support.load import KeepingClient, at_work
 from tests.support.loopdev import small_disk
 from tests.support.poll import wait_for
 from tests.support.product import MIB, Product, Volume, make_source
@@ -46,13 +46,8 @@ def started(tmp_path: Path) -> Iterator[list[Script]]:
 @contextmanager
 def loaded(volume: Volume) -> Iterator[KeepingClient]:
     """A load that reconnects. In the end every write that was acknowledged is on the leg that is read from."""
-    load = KeepingClient(volume.uri, SIZE_BYTES, seed=SEED, threads=2)
-    try:
-        load.wait_acknowledged(20)
+    with at_work(volume.uri, SIZE_BYTES, seed=SEED) as load:
         yield load
-        load.wait_acknowledged(20)
-    finally:
-        load.stop()
     load.check_file(volume.target if volume.phase[1] == "target" else volume.source)
 
 

@@ -14,6 +14,8 @@ import struct
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -241,3 +243,15 @@ class KeepingClient:
 
 def _content(block: int, version: int) -> bytes:
     return _HEAD.pack(block, version) * (BLOCK // _HEAD.size)
+
+
+@contextmanager
+def at_work(uri: str, size_bytes: int, *, seed: int) -> Iterator[KeepingClient]:
+    """A KeepingClient with writes acknowledged before and after what is done beside it; stopped at the end."""
+    load = KeepingClient(uri, size_bytes, seed=seed, threads=2)
+    try:
+        load.wait_acknowledged(20)
+        yield load
+        load.wait_acknowledged(20)
+    finally:
+        load.stop()
