@@ -10,8 +10,10 @@ from shadowvol.core.records import ActivityLog, decode_zones
 from shadowvol.core.regionmap import CHUNK_REGIONS, RegionMap
 from shadowvol.core.route import (
     FRESH,
+    HELD,
     IN_WINDOW,
     MIXED,
+    NOTE,
     READ_TARGET,
     SETTLED,
     SLOW,
@@ -22,9 +24,7 @@ from shadowvol.core.route import (
     route,
 )
 
-CHANGES = st.lists(
-    st.tuples(st.booleans(), st.integers(0, 1), st.integers(0, 11), st.integers(1, 12)), max_size=30
-)
+CHANGES = st.lists(st.tuples(st.booleans(), st.integers(0, 1), st.integers(0, 11), st.integers(1, 12)), max_size=30)
 
 
 @given(CHANGES)
@@ -86,9 +86,10 @@ def test_where_an_io_goes(own: int, phase: Phase, preferred: int, read: int, wri
     assert byte >> WRITE_SHIFT & BOTH_OK == write
 
 
-def test_a_write_needs_the_engine_in_windows_and_where_an_undo_must_be_told() -> None:
-    assert published(S_OK | IN_WINDOW, Phase.COPYING, SOURCE) & SLOW
-    assert not published(S_OK | IN_WINDOW | SETTLED, Phase.COPYING, SOURCE) & (SLOW | WHOLE_SLOW)
+def test_a_write_is_noted_in_open_windows_and_needs_the_engine_where_blocks_are_held_or_an_undo_must_be_told() -> None:
+    assert published(S_OK | IN_WINDOW, Phase.COPYING, SOURCE) & (NOTE | SLOW | WHOLE_SLOW) == NOTE
+    assert not published(S_OK | IN_WINDOW | SETTLED, Phase.COPYING, SOURCE) & (NOTE | SLOW | WHOLE_SLOW)
+    assert published(S_OK | IN_WINDOW | SETTLED | HELD, Phase.COPYING, SOURCE) & SLOW
     assert published(BOTH_OK, Phase.COMMITTED, TARGET) & SLOW
     assert not published(BOTH_OK, Phase.COPYING, SOURCE) & SLOW
     assert not published(T_OK, Phase.COMMITTED, TARGET) & SLOW

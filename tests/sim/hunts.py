@@ -127,7 +127,7 @@ HUNTS: dict[str, Hunt] = {
     "touched-keeps-inflight": Hunt(replace(COPYING, io_s=0.2, copy_s=0.03)),
     "hold-drains": Hunt(replace(COPYING_SHORT, io_s=0.1)),
     "settled-when-closed": Hunt(COPYING_SHORT),
-    "hold-unsettles": Hunt(replace(COPYING_SHORT, regions=2, clients=6)),
+    "hold-slows": Hunt(replace(COPYING_SHORT, regions=2, clients=6)),
     "hold-union": Hunt(COPYING_SHORT_2),
     "recopy-touched": Hunt(COPYING_SHORT),
     "hold-limit-tells": Hunt(replace(COPYING, duration_s=1.2, slow_hold=0.7)),

@@ -178,5 +178,3 @@ class Activity:
     def forget_log(self) -> None:
         """The log was emptied by a recovery."""
         self.logged.clear()
-
-

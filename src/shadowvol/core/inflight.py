@@ -92,8 +92,7 @@ class InFlight:
 
     def drain(self, extents: list[Run] | None, *, reads: bool, writes: bool, done: Callable[[], None]) -> None:
         """Call `done` when the I/O now in flight that touches `extents` (bytes; None: all) has ended; maybe at once."""
-        if self.gather is not None:
-            self.gather(extents, reads, writes)
+        self._gather(extents, reads, writes)
         waiting: set[int] = set()
         for wanted, held in ((writes, self.writes), (reads, self.reads)):
             if wanted:
@@ -105,10 +104,17 @@ class InFlight:
         self._drains.append(Drain(waiting, done, settled=False))
         self._fire()
 
+    def gather_writes(self, extents: list[Run]) -> None:
+        """`writes` has every write that is in flight in `extents`, whoever executes it."""
+        self._gather(extents, False, True)
+
+    def _gather(self, extents: list[Run] | None, reads: bool, writes: bool) -> None:
+        if self.gather is not None:
+            self.gather(extents, reads, writes)
+
     def when_settled(self, done: Callable[[], None]) -> None:
         """Call `done` when the writes now in flight are settled; maybe at once."""
-        if self.gather is not None:
-            self.gather(None, False, True)
+        self._gather(None, False, True)
         self._drains.append(Drain(set(self.writes), done, settled=True))
         self._fire()
 

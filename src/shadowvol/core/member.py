@@ -15,7 +15,6 @@ took it, else the error. So no member ever decides alone that a leg is out, and 
 The parts: this file is the data path; core/member_state.py lists the others.
 """
 
-
 from shadowvol.core.geometry import Run, overlaps
 from shadowvol.core.inflight import READ, WRITE, Ticket
 from shadowvol.core.legs import BOTH_OK, Phase
@@ -31,7 +30,7 @@ from shadowvol.core.member_state import (
     MemberWindow,
     Send,
 )
-from shadowvol.core.route import MIXED, READ_TARGET, SLOW, WHOLE_SLOW, WRITE_SHIFT, route
+from shadowvol.core.route import MIXED, NOTE, READ_TARGET, SLOW, WHOLE_SLOW, WRITE_SHIFT, route
 
 READ_TRIES = 3  # a read that keeps failing on the leg it is sent to ends with the error
 
@@ -80,9 +79,7 @@ class MemberEngine(MemberProtocol):
         if byte != MIXED:
             runs = [(start, end, (byte & READ_TARGET) + 1)]
         else:
-            runs = [
-                (first, last, (each & READ_TARGET) + 1) for first, last, each in self._split(start, end, lo, hi)
-            ]
+            runs = [(first, last, (each & READ_TARGET) + 1) for first, last, each in self._split(start, end, lo, hi)]
         return self.inflight.admit(READ, start, end, runs)
 
     def finish_read(self, ticket: Ticket, failed: list[tuple[int, int, int]], error: str = "") -> None:
@@ -134,6 +131,8 @@ class MemberEngine(MemberProtocol):
             if legs == BOTH_OK and self.activity.missing(zones):
                 self._want_log()
                 return None
+            if byte & NOTE:
+                self.touch(start, end)
             runs = [(start, end, legs)]
         else:
             slow = self._admit_slow(start, end, lo, hi)
@@ -141,7 +140,7 @@ class MemberEngine(MemberProtocol):
                 return None
             runs, legs, adopt = slow
             if self.windows:
-                self._touch(start, end)
+                self.touch(start, end)
         ticket = self.inflight.admit(WRITE, first, last, runs)
         ticket.adopt = adopt
         self.activity.begin(zones, legs)

@@ -24,7 +24,7 @@ from shadowvol.core.messages import (
     Touched,
     UnlogZones,
 )
-from shadowvol.core.route import FRESH, IN_WINDOW, SETTLED, published_table
+from shadowvol.core.route import FRESH, HELD, IN_WINDOW, SETTLED, published_table
 
 HOLD_LIMIT_S = 0.25  # a member lets a window's held writes go by itself after this long (DESIGN 7)
 WINDOW_TOMBSTONES = 64  # a request for a window this far behind the newest ended one is a late duplicate
@@ -241,20 +241,21 @@ class MemberProtocol(MemberFlush):
         self._answer(request, {"blocks": answer})
         keep: set[int] = set()
         if "touched-keeps-inflight" not in self.omit:
+            self.inflight.gather_writes([self.geometry.region_extent(*run) for run in window.runs])
             for ticket in self.inflight.writes.values():
                 keep.update(self.geometry.blocks_of(ticket.start, ticket.end))
         window.touched &= keep
 
     def _obey_close(self, request: Request, window: MemberWindow) -> None:
-        """From here on writes of the window need the engine no more, but for blocks that are held: what is copied
-        yet is copied under a hold, so a block that is written now and is not in the answer stays as it is written."""
+        """From here on no block is noted, and only those that are held need the engine: what is copied yet is copied
+        under a hold, so a block that is written now and is not in the answer stays as it is written."""
         window.closed = True
         self._answer(request, {"blocks": runs_of(window.touched)})
         self._mark(window.runs, SETTLED, True)
 
     def _obey_hold(self, request: Request, window: MemberWindow, blocks: list[Run]) -> None:
-        if "hold-unsettles" not in self.omit:
-            self._mark(self._block_regions(blocks), SETTLED, False)
+        if "hold-slows" not in self.omit:
+            self._mark(self._block_regions(blocks), HELD, True)
         window.held = blocks
         window.held_since_s = self.now_s
         window.broken = False
@@ -265,8 +266,7 @@ class MemberProtocol(MemberFlush):
             self.inflight.drain(extents, reads=False, writes=True, done=lambda: self._answer(request, {}))
 
     def _release_hold(self, window: MemberWindow, *, broken: bool) -> None:
-        if window.closed:
-            self._mark(self._block_regions(window.held), SETTLED, True)
+        self._mark(self._block_regions(window.held), HELD, False)
         window.held = []
         window.held_since_s = None
         window.broken = broken
@@ -275,7 +275,7 @@ class MemberProtocol(MemberFlush):
         """The window has ended here: with its bits (they were set before) or without."""
         window = self.windows.pop(number, None)
         if window is not None:
-            self._mark(window.runs, IN_WINDOW | SETTLED, False)
+            self._mark(window.runs, IN_WINDOW | SETTLED | HELD, False)
             if "fresh-dropped" not in self.omit:
                 self._unmark_fresh(window.runs)
         self._newest_dropped = max(self._newest_dropped, number)

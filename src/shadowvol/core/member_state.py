@@ -20,11 +20,11 @@ from shadowvol.core.geometry import Geometry, Run, merge_runs, overlaps, runs_of
 from shadowvol.core.inflight import InFlight
 from shadowvol.core.legs import BOTH_OK, LEG_NAMES, S_OK, SOURCE, T_OK, Phase
 from shadowvol.core.messages import Answer, Ask, ClearUndo, Fault, Freeze, LogZones, Request
-from shadowvol.core.route import FRESH, READ_TARGET, SETTLED, SLOW, equal_runs, published_table
+from shadowvol.core.route import FRESH, HELD, READ_TARGET, SLOW, equal_runs, published_table
 from shadowvol.core.rules import NONE_OMITTED
 
 _READ_LEG = bytes(byte & READ_TARGET for byte in range(256))
-_OWN_BYTES = range(2 * SETTLED)  # SETTLED is the highest mark
+_OWN_BYTES = range(2 * HELD)  # HELD is the highest mark
 APPLICATION = 0  # token of a flush that the application asked for; DoFlush has tokens of its own
 
 
@@ -249,17 +249,16 @@ class MemberState:
             return []
         return runs_of([region for region in range(lo, hi) if self.own[region] & mark])
 
-    def _touch(self, start: int, end: int) -> None:
+    def touch(self, start: int, end: int) -> None:
+        """The blocks of a write that begins; by whoever executes it, before its first byte."""
         lo, hi = self.geometry.regions_of(start, end)
         for window in self.windows.values():
-            if lo < window.hi and window.lo < hi:
+            if not window.closed and lo < window.hi and window.lo < hi:
                 window.touched.update(self.geometry.blocks_of(start, end))
 
     def _held(self, start: int, end: int) -> bool:
         blocks = self.geometry.blocks_of(start, end)
-        return any(
-            overlaps(window.held, blocks.start, blocks.stop) for window in self.windows.values() if window.held
-        )
+        return any(overlaps(window.held, blocks.start, blocks.stop) for window in self.windows.values() if window.held)
 
     # ------------------------------------------------------------------ asks
 

@@ -1,8 +1,9 @@
 """Where an I/O goes: one published byte per region, and the function that reads it. The complete routing is here.
 
-A published byte says: the leg that serves reads, the legs that every write must reach, and whether a write needs the
-member engine first (to note a window's touched blocks until it is closed, to wait where blocks are held, to clear an
-undo zone, to note that a whole region was overwritten).
+A published byte says: the leg that serves reads, the legs that every write must reach, whether the blocks of a write
+are to be noted before its first byte (those that a window's copy must repeat, until the window is closed), and whether
+a write needs the member engine first (to wait where blocks are held, to clear an undo zone, to note that a whole
+region was overwritten).
 It is derived from the region's bits and the volume's state by `published()`, only by the member engine.
 """
 
@@ -13,17 +14,19 @@ WRITE_SOURCE = 2
 WRITE_TARGET = 4
 SLOW = 8  # a write needs the member engine before and after
 WHOLE_SLOW = 16  # a write that covers a whole region does (it may spare the region its copy)
+NOTE = 32  # the blocks of a write are noted as touched before its first byte
 WRITE_SHIFT = 1  # (byte >> WRITE_SHIFT) & BOTH_OK is the set of legs as in the map's bits
 MIXED = -1  # the range's regions disagree: serve run by run
 
 # Bits in the member's own byte per region, above the map's two bits.
 IN_WINDOW = 4
 FRESH = 8  # overwritten whole on both legs while one-legged: needs no copy, only a window to say so
-SETTLED = 16  # in a window that is closed: no copy of it is to come but under a hold, which takes this mark away first
+SETTLED = 16  # in a window that is closed: no copy of it is to come but under a hold
+HELD = 32  # some of its blocks are held and copied: its writes are the engine's
 
 
 def published(own: int, phase: Phase, preferred: int) -> int:
-    """The published byte for a region whose own byte (map bits, IN_WINDOW, FRESH, SETTLED) is `own`."""
+    """The published byte for a region whose own byte (map bits, IN_WINDOW, FRESH, SETTLED, HELD) is `own`."""
     ok = own & BOTH_OK
     if ok == 0:
         return SLOW
@@ -35,8 +38,9 @@ def published(own: int, phase: Phase, preferred: int) -> int:
     byte = (READ_TARGET if read == TARGET else 0) | (WRITE_SOURCE if legs & S_OK else 0)
     byte |= WRITE_TARGET if legs & T_OK else 0
     one_legged_copying = phase is Phase.COPYING and legs != BOTH_OK
-    engine_first = own & IN_WINDOW and not own & SETTLED
-    return byte | (SLOW if engine_first else 0) | (WHOLE_SLOW if one_legged_copying else 0)
+    noted = own & IN_WINDOW and not own & SETTLED
+    byte |= (NOTE if noted else 0) | (SLOW if own & HELD else 0)
+    return byte | (WHOLE_SLOW if one_legged_copying else 0)
 
 
 def published_table(phase: Phase, preferred: int) -> bytes:

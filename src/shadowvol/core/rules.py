@@ -25,7 +25,7 @@ RULES: Final[dict[str, str]] = {
     "touched-keeps-inflight": "TOUCHED forgets only blocks with no write in flight",
     "hold-drains": "HOLD is answered when the writes in flight on these blocks are finished",
     "settled-when-closed": "writes of a window are not noted as touched only once the window is closed",
-    "hold-unsettles": "HOLD ends the settled writes of its blocks' regions before it looks what is in flight",
+    "hold-slows": "HOLD takes the writes of its blocks' regions to the engine before it looks what is in flight",
     "hold-union": "HOLD and recopy cover the union of all members' touched blocks",
     "recopy-touched": "touched blocks are copied again under the hold",
     "hold-limit-tells": "a member whose hold ran out says so at RELEASE",

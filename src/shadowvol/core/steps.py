@@ -139,7 +139,6 @@ class Deposed:
 Effect = SendTo | DoPersist | DoCopy | DoCancel | DoCopierFlush | DoProbe | CommandDone | Deposed
 
 
-
 class WindowVoid(Exception):
     """Thrown into a window's protocol when its record is gone."""
 

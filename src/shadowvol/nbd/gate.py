@@ -8,7 +8,8 @@ says to it, and hears from it:
     publish        where I/O goes from now on, whatever has changed in the engine; holds of a freeze included
     take           whatever the executor has in flight there becomes a ticket of the engine, as if admitted by it
     log_zones      these zones are (not) in the activity log: mirrored writes to them need (not) be asked for
-    collect        which zones it has written since, on which legs: what a flush and the cleaning of the log must know
+    collect        which zones it has written since, on which legs: what a flush and the cleaning of the log must know;
+                   and which ranges in open windows: what TOUCHED and CLOSE must answer
     claim          the request of this thread was begun by the executor: its ticket, and whether its I/O is done
 
 Order, for the engine to be exact about what it did not admit itself (each call with the data path's lock):
@@ -18,6 +19,8 @@ Order, for the engine to be exact about what it did not admit itself (each call 
    executor obeys it, and only then the snapshot of what was in flight before. What comes later obeys the new table.
 3. `collect` comes before begin_flush, finish_flush, receive and tick. What the executor has in flight counts as written
    at that time; it counts again at its end. So a write in flight during a flush stays dirty, as in core/activity.py.
+   A write to an open window is noted when it begins: one that began before CLOSE came is in its answer, and what begins
+   later no copy can undo. TOUCHED takes what is in flight, as a drain does: those blocks are answered once more.
 4. A zone may leave the log only in `tick`: before it, the idle zones are taken from the executor (log_zones off), then
    collected once more; a zone that was written meanwhile is not idle any more. Those that stay are given back.
 5. A leg's descriptors are given to the executor after they were opened, and taken back before they are closed:

@@ -21,9 +21,10 @@ from shadowvol.endpoints.local import LocalEndpoint
 from shadowvol.nbd.counters import READS, WRITES, Counters, Totals
 from shadowvol.nbd.gate import NOT_BEGUN, Gate, NoExecutor
 
-INTERFACE = 2  # of filter.c; it has the same constant
+INTERFACE = 3  # of filter.c; it has the same constant
 OPS_MAX = 1024  # in flight in the filter at once, as in filter.c
-READ_SLOW = 32  # the filter's own bit of a region's byte: reads belong to the engine
+NOTES_MAX = 16384  # writes to open windows that it notes between two collects, likewise
+READ_SLOW = 64  # the filter's own bit of a region's byte: reads belong to the engine
 
 _CLAIMED, _TAKEN, _DONE, _LEGS_SHIFT, _OP_SHIFT = 1, 2, 4, 3, 8  # what shadowvol_claim() answers
 
@@ -37,6 +38,10 @@ class _Taken(ctypes.Structure):
         ("legs", ctypes.c_uint8),
         ("pad", ctypes.c_uint8 * 2),
     ]
+
+
+class _Range(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_uint64), ("end", ctypes.c_uint64)]
 
 
 class _FilterCounters(ctypes.Structure):
@@ -79,6 +84,7 @@ def _declare(library: ctypes.PyDLL) -> None:
         "hold": (None, [number, number, number]),
         "log_zones": (None, [pointer, ctypes.c_uint32, number]),
         "collect": (ctypes.c_uint32, [pointer]),
+        "collect_notes": (ctypes.c_uint32, [pointer]),
         "take": (ctypes.c_uint32, [size, size, number, number, pointer]),
         "claim": (ctypes.c_uint32, []),
         "begun_ns": (ctypes.c_int64, []),
@@ -104,6 +110,7 @@ class FilterGate:
         self._tickets: dict[int, Ticket] = {}  # by op of the filter: taken, and not claimed yet
         self._taken = (_Taken * OPS_MAX)()
         self._zones = (ctypes.c_uint32 * engine.geometry.zone_count)()
+        self._notes = (_Range * NOTES_MAX)()
         self._counters = _FilterCounters()
         engine.changed = []
         engine.inflight.gather = self.take
@@ -182,6 +189,8 @@ class FilterGate:
         if count:
             written = [(code >> 2, code & BOTH_OK) for code in self._zones[:count]]
             self._engine.activity.written_elsewhere(written, now_s)
+        for note in self._notes[: self._library.shadowvol_collect_notes(ctypes.byref(self._notes))]:
+            self._engine.touch(note.start, note.end)
 
     def begun_s(self, now_s: float) -> float:
         return float(self._library.shadowvol_begun_ns() / 1e9)

@@ -3,8 +3,8 @@
  * MECHANISM
  * The member engine (Python, core/member.py) decides where each read and write goes. Here lies a copy of its decision:
  * one byte per region, one flag per zone, both legs' descriptors. A request that these settle is done here, at the speed
- * of nbdkit's own file plugin. Everything else goes on to the plugin with `next->`: regions that disagree, open windows,
- * zones that are not in the activity log, holds, FUA, flushes, legs that are not open, every error. This file decides
+ * of nbdkit's own file plugin. Everything else goes on to the plugin with `next->`: regions that disagree, zones that are
+ * not in the activity log, holds, FUA, flushes, legs that are not open, every error. This file decides
  * nothing and interprets no error. Its only author is the gate (nbd/filter/cgate.py; nbd/gate.py says in which order),
  * which calls the functions at the end by ctypes: filters are loaded RTLD_GLOBAL, so CDLL(None) finds them.
  *
@@ -13,18 +13,20 @@
  *     1  READ_TARGET    reads go to the target, else to the source
  *     2  WRITE_SOURCE   a write must reach the source
  *     4  WRITE_TARGET   a write must reach the target; both bits: mirrored
- *     8  SLOW           writes belong to the engine: an open window, an undo zone, a hold
+ *     8  SLOW           writes belong to the engine: an undo zone, a hold
  *    16  WHOLE_SLOW     a write that covers a whole region belongs to the engine
- *    32  READ_SLOW      reads belong to the engine: a hold of reads; and every region before the state is known
+ *    32  NOTE           an open window: the range of a write is noted before its first byte, as its copy must be repeated
+ *    64  READ_SLOW      reads belong to the engine: a hold of reads; and every region before the state is known
  * logged[zone]: 1, the zone is durably in the activity log: a mirrored write may go on.
  * dirty[zone]: bit of each leg that a write which has ended wrote here since the gate last collected; listed in dirty_zones.
+ * notes: ranges of writes to NOTE regions since the gate last collected. Full: such writes are the plugin's.
  * op.kind: FREE; READ and WRITE, I/O of ours is in flight; LET_THROUGH, a write that the plugin does. It owns its range
  * like any other, so that writes have one order on both legs whoever does them. A read that the plugin does needs no op.
  *
  * ORDER OF AN OPERATION
  * 1. Lock. A write waits until no other write, ours or let through, overlaps it (rounded out to `align`). Reads do not.
- * 2. Look at table, zones and legs: ours, or not. Enter the op, before its first byte: from now on the gate's collecting
- *    counts a write's zones as written, since a flush that fails must count it. Unlock.
+ * 2. Look at table, zones and legs: ours, or not. Enter the op, and its note if one is due, before its first byte: from
+ *    now on the gate's collecting counts a write's zones as written, since a flush that fails must count it. Unlock.
  * 3. The I/O, or `next->`. The lock is never held across either. A mirrored write goes first to the leg that is not
  *    preferred: what somebody has read from the preferred leg is on the other one already.
  * 4. Lock. Mark the zones dirty: a flush that began meanwhile does not count. If all went well and the op was not
@@ -58,8 +60,9 @@
 
 #include <nbdkit-filter.h>
 
-#define INTERFACE 2                    /* what cgate.py expects of this file; change both */
+#define INTERFACE 3                    /* what cgate.py expects of this file; change both */
 #define OPS_MAX 1024                   /* a write waits for a free one, a read goes to the plugin */
+#define NOTES_MAX 16384                /* collected at least every 50 ms while a window is open */
 #define BOUNCE_BYTES (1 << 20)         /* larger O_DIRECT requests are done in pieces */
 #define DIRECT_ALIGN 4096              /* of memory, for O_DIRECT: no medium asks for more */
 #define SUB_BITS 3                     /* buckets of latencies: core/latency.py */
@@ -74,8 +77,8 @@
 #define SHADOWVOL_OVERLAP(op, first, last) ((op)->first < (last) && (first) < (op)->last)
 #endif
 
-enum { READ_TARGET = 1, WRITE_SOURCE = 2, SLOW = 8, WHOLE_SLOW = 16, READ_SLOW = 32 };
-enum { WRITE_BITS = 2 | 4 | SLOW | WHOLE_SLOW, BOTH = 3 };
+enum { READ_TARGET = 1, WRITE_SOURCE = 2, SLOW = 8, WHOLE_SLOW = 16, NOTE = 32, READ_SLOW = 64 };
+enum { WRITE_BITS = 2 | 4 | SLOW | WHOLE_SLOW | NOTE, BOTH = 3 };
 enum kind { FREE, READ, WRITE, LET_THROUGH };
 enum handed { NOT_HANDED, DONE, TO_DO };
 enum what { DATA, TRIM, ZERO };
@@ -100,6 +103,8 @@ struct counters {                      /* by kind: 0 reads, 1 writes; only of wh
 
 struct taken { uint64_t start, end; uint32_t op; uint8_t kind, legs, pad[2]; };
 
+struct range { uint64_t start, end; };
+
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t freed = PTHREAD_COND_INITIALIZER;
 static unsigned waiting;               /* writes that wait for `freed` */
@@ -109,6 +114,8 @@ static struct leg legs[2] = { { .fd = -1, .direct_fd = -1 }, { .fd = -1, .direct
 static struct counters counters;
 static uint8_t *table, *logged, *dirty;  /* NULL: nobody is there, everything goes to the plugin */
 static uint32_t *dirty_zones, dirty_count;
+static struct range notes[NOTES_MAX];
+static uint32_t note_count;
 static unsigned region_shift, zone_shift;
 static uint64_t size_bytes, align = 1;
 static int preferred;
@@ -166,13 +173,14 @@ settled_read (uint64_t start, uint64_t end)
   return 1 << (byte & READ_TARGET);
 }
 
-/* The legs that a write must reach; 0: the plugin's. */
+/* The legs that a write must reach; 0: the plugin's. `*due`: it is to be noted. */
 static uint8_t
-settled_write (uint64_t start, uint64_t end, enum what what)
+settled_write (uint64_t start, uint64_t end, enum what what, bool *due)
 {
   uint64_t lo = start >> region_shift, hi = (end - 1) >> region_shift;
   uint8_t byte = table[lo] & WRITE_BITS;
-  if (hold_writes || (byte & SLOW))
+  *due = byte & NOTE;
+  if (hold_writes || (byte & SLOW) || (*due && note_count == NOTES_MAX))
     return 0;
   for (uint64_t region = lo + 1; region <= hi; region++)
     if ((table[region] & WRITE_BITS) != byte)
@@ -191,6 +199,16 @@ settled_write (uint64_t start, uint64_t end, enum what what)
     if ((both & (1 << which)) && !leg_serves (which, start, end, what))
       return 0;
   return both;
+}
+
+/* One that goes on where the last one ended makes no new note. */
+static void
+note (uint64_t start, uint64_t end)
+{
+  if (note_count > 0 && notes[note_count - 1].end == start)
+    notes[note_count - 1].end = end;
+  else
+    notes[note_count++] = (struct range) { start, end };
 }
 
 static void
@@ -419,7 +437,10 @@ write_op (nbdkit_next *next, enum what what, bool ours, const void *buffer, uint
     pthread_cond_wait (&freed, &lock);
     waiting--;
   }
-  uint8_t which = ours ? settled_write (offset, end, what) : 0;
+  bool due = false;
+  uint8_t which = ours ? settled_write (offset, end, what, &due) : 0;
+  if (which && due)
+    note (offset, end);
   enter (op, which ? WRITE : LET_THROUGH, which, offset, end, first, last);
   if (!which)
     counters.let_through[1]++;
@@ -557,6 +578,18 @@ shadowvol_collect (uint32_t *out)
     dirty[zone] = 0;
   }
   dirty_count = 0;
+  pthread_mutex_unlock (&lock);
+  return count;
+}
+
+/* The notes since the last call, into `out`, which has room for NOTES_MAX; their number. */
+GATE uint32_t
+shadowvol_collect_notes (struct range *out)
+{
+  pthread_mutex_lock (&lock);
+  uint32_t count = note_count;
+  memcpy (out, notes, count * sizeof *out);
+  note_count = 0;
   pthread_mutex_unlock (&lock);
   return count;
 }
