@@ -83,6 +83,43 @@ def test_an_open_window_mirrors_and_remembers(copying: NbdMember, legs: tuple[Pa
     client.close()
 
 
+def test_a_block_with_a_write_in_flight_is_answered_again(
+    tmp_path: Path, slow: Path, legs: tuple[Path, Path]
+) -> None:
+    """TOUCHED comes in the middle of a write: the copy that it leads to may read what was there before."""
+    with nbd_member(tmp_path, leg_record(legs[0]), leg_record(slow)) as member:
+        leader = member.leader
+        assert leader.prepare("start", {"source": member.source, "target": member.target}) == {}
+        leader.join("copying")
+        client = member.client()
+        leader.request("w1", Open(1, [(4, 6)], 0, 1))
+        client.write(b"1" * 4096, 5 * MIB)  # logs the zone
+        with paused(tmp_path / "control"):
+            begun = client.start_write(b"2" * 4096, 4 * MIB)
+            in_flight(member, 1)
+            for blocks in ([[64, 65], [80, 81]], [[64, 65]]):
+                assert leader.request("w1", Touched(1)) == {"blocks": blocks}
+        client.wait(begun)
+        assert leader.request("w1", Touched(1)) == {"blocks": [[64, 65]]}
+        assert leader.request("w1", Close(1)) == {"blocks": []}
+        client.close()
+
+
+def test_a_window_logs_its_zones_when_it_opens(copying: NbdMember) -> None:
+    """Where an application writes: its first write there does not wait for the log. (The others would be for nothing.)"""
+    leader = copying.leader
+    leader.request("w1", Open(1, [(4, 20)], 0, 1))
+    assert not leader.asked(LogZones), "nobody writes"
+    client = copying.client()
+    client.write(b"1" * 4096, 60 * MIB)
+    leader.request("w2", Open(2, [(20, 34)], 0, 1))
+    wait_for(lambda: leader.asked(LogZones), 5, "the request for the log")
+    assert leader.asked(LogZones)[0].zones == [(1, 3)]
+    with leader.withholding(LogZones):
+        client.write(b"2" * 4096, 33 * MIB)
+    client.close()
+
+
 def test_a_window_becomes_ok_and_reads_may_move(copying: NbdMember, legs: tuple[Path, Path]) -> None:
     """The whole round of a window, the copy done by the test; then a cutover shows the target's bytes."""
     leader = copying.leader
@@ -124,8 +161,9 @@ def test_a_hold_keeps_new_writes_to_its_blocks_only(copying: NbdMember) -> None:
     client.close()
 
 
-def test_a_closed_window_needs_the_engine_only_where_it_is_held(copying: NbdMember, legs: tuple[Path, Path]) -> None:
-    """The filter writes to both legs by itself; a hold takes the regions of its blocks from it, and gives them back."""
+def test_a_window_needs_the_engine_only_where_it_is_held(copying: NbdMember, legs: tuple[Path, Path]) -> None:
+    """The filter writes to both legs by itself, and notes the blocks until the window is closed. A hold takes the
+    regions of its blocks from it, and gives them back."""
     leader = copying.leader
     client = copying.client()
 
@@ -135,8 +173,12 @@ def test_a_closed_window_needs_the_engine_only_where_it_is_held(copying: NbdMemb
 
     leader.request("w1", Open(1, [(4, 6)], 0, 1))
     client.write(b"1" * 4096, 4 * MIB)  # its zone is logged from now on
-    assert leader.request("w1", Close(1)) == {"blocks": [[64, 65]]}
     before = let_through()
+    client.write(b"1" * 4096, 4 * MIB + 2 * 64 * KIB)
+    client.write(b"1" * 4096, 4 * MIB + 3 * 64 * KIB - 2048)  # two blocks
+    assert leader.request("w1", Touched(1)) == {"blocks": [[64, 65], [66, 68]]}
+    client.write(b"1" * 4096, 4 * MIB)
+    assert leader.request("w1", Close(1)) == {"blocks": [[64, 65]]}
     client.write(b"2" * 4096, 4 * MIB)
     client.write(b"3" * 4096, 5 * MIB)
     assert let_through() == before

@@ -20,6 +20,7 @@ IDLE_S = 3.0  # a zone is cleaned this long after its last mirrored write: long 
 EAGER_IDLE_S = 0.5  # the same, above the soft limit
 SOFT_LIMIT_ZONES = 4096  # 64 GiB of 16 MiB zones: about what resyncs within 5 minutes
 ZONES_PER_REQUEST = 4096  # one record change stays small
+ZONES_EXPECTED_MAX = 64  # of one window: 1 GiB; larger ones are mostly holes
 
 
 class Activity:
@@ -32,6 +33,7 @@ class Activity:
         self.wanted: set[int] = set()  # to be asked for when the request under way is replied to
         self.asked: set[int] = set()
         self.leaving: set[int] = set()
+        self.entering: list[int] | None = None  # logged since this was looked at; None: nobody wants to know
         self.dirty: tuple[dict[int, int], dict[int, int]] = ({}, {})
         self.all_dirty = [("new-member-all-dirty" not in omit)] * 2
         self._inflight: dict[int, int] = {}
@@ -56,6 +58,14 @@ class Activity:
             if zone not in self.asked and not returning:
                 self.wanted.add(zone)
         return True
+
+    def expect(self, zones: set[int]) -> bool:
+        """Mirrored writes to these zones are about to begin: they are wanted before the first of them waits for it.
+        True where something is to be asked for. Nothing is where no write came lately, or too many zones are meant."""
+        if not (self.logged or any(self.dirty)) or len(zones) > ZONES_EXPECTED_MAX:
+            return False
+        self.wanted |= zones - self.logged - self.asked - self.leaving
+        return bool(self.wanted)
 
     def begin(self, zones: range, legs: int) -> None:
         self._mark(zones, legs)
@@ -164,6 +174,8 @@ class Activity:
     def entered(self) -> None:
         """The request for `asked` is durable. A fresh zone is not idle before its write has come."""
         self.logged |= self.asked
+        if self.entering is not None:
+            self.entering += self.asked
         for zone in self.asked:
             self._last_write_s[zone] = self.now_s
         self.asked = set()
@@ -174,7 +186,3 @@ class Activity:
         self.wanted.difference_update(batch)
         self.asked = set(batch)
         return batch
-
-    def forget_log(self) -> None:
-        """The log was emptied by a recovery."""
-        self.logged.clear()

@@ -129,6 +129,7 @@ class MemberEngine(MemberProtocol):
         if byte != MIXED and not byte & (SLOW | WHOLE_SLOW):
             legs = byte >> WRITE_SHIFT & BOTH_OK
             if legs == BOTH_OK and self.activity.missing(zones):
+                self.blocked = "log"
                 self._want_log()
                 return None
             if byte & NOTE:
@@ -175,6 +176,7 @@ class MemberEngine(MemberProtocol):
         spans = [self.geometry.zones_of(first, last) for first, last, legs in runs if legs == BOTH_OK]
         mirrored = [zone for span in spans for zone in span]
         if mirrored and self.activity.missing(range(min(mirrored), max(mirrored) + 1)):
+            self.blocked = "log"
             self._want_log()
             return None
         return runs, union, adopt

@@ -224,6 +224,9 @@ class MemberProtocol(MemberFlush):
         fresh: list[Run] = []
         for lo, hi in body.runs:
             fresh += [run for run in self._runs_marked(FRESH, lo, hi)]
+        zones = {zone for extent in extents for zone in self.geometry.zones_of(*extent)}
+        if self.activity.expect(zones):
+            self._want_log()
 
         def drained() -> None:
             self._answer(request, {"fresh": fresh})

@@ -278,7 +278,6 @@ class MemberState:
             on_reply()
 
     def _want_log(self) -> None:
-        self.blocked = "log"
         if not self.activity.asked:
             self._ask_log()
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shadowvol.core.leader import LeaderEngine
 
-PACED_S = 0.25  # of copying per window where it is held back: writes to an open window take the slow path
+PACED_S = 1.0  # of copying per window where it is held back: larger ones close and flush more at once
 WINDOWS_PACED = 2  # are enough then: one is copied, the other opens or closes
 COPY_SHORT_S, COPY_LONG_S = 1.0, 4.0  # a window copied sooner than this doubles the next one, later halves it
 

@@ -188,8 +188,6 @@ class DataPath:
             begun_s = self.gate.begun_s(begun_s)
             claimed, done = self.gate.claim(WRITE, start, end)
             ticket = claimed or self._admit(engine.admit_write, start, end)
-            if not claimed:
-                self._log_zones_of(ticket)
         first_error, failed, text = _DONE
         order = _ORDER[engine.preferred]  # does not change while a write is in flight
         for first, last, legs in () if done else ticket.runs:  # step 2
@@ -216,12 +214,6 @@ class DataPath:
             raise OSError(first_error or errno.EIO, ticket.error)
         if fua:  # step 4
             self.flush()
-
-    def _log_zones_of(self, ticket: Ticket) -> None:
-        """With the lock: the zones of a mirrored write that has just been admitted are in the log."""
-        for start, end, legs in ticket.runs:
-            if legs == BOTH_OK:
-                self.gate.log_zones(self.engine.geometry.zones_of(start, end), True)
 
     def _can_punch(self, legs: int) -> bool:
         endpoints = self._legs.endpoints

@@ -5,9 +5,10 @@ The data path (nbd/datapath.py) always can execute that. A second executor, the 
 what is settled by itself, and lets everything else through to the data path. The gate is all that the engine's side
 says to it, and hears from it:
 
-    publish        where I/O goes from now on, whatever has changed in the engine; holds of a freeze included
+    publish        where I/O goes from now on, whatever has changed in the engine; holds of a freeze included, and the
+                   zones that have entered the activity log
     take           whatever the executor has in flight there becomes a ticket of the engine, as if admitted by it
-    log_zones      these zones are (not) in the activity log: mirrored writes to them need (not) be asked for
+    log_zones      these zones are (not) in the activity log, while some are about to leave it
     collect        which zones it has written since, on which legs: what a flush and the cleaning of the log must know;
                    and which ranges in open windows: what TOUCHED and CLOSE must answer
     claim          the request of this thread was begun by the executor: its ticket, and whether its I/O is done

@@ -113,11 +113,17 @@ class FilterGate:
         self._notes = (_Range * NOTES_MAX)()
         self._counters = _FilterCounters()
         engine.changed = []
+        engine.activity.entering = []
         engine.inflight.gather = self.take
 
     # ------------------------------------------------------------------ what is decided
 
     def publish(self) -> None:
+        self.log_zones(self._engine.activity.entering or (), True)
+        self._engine.activity.entering = []
+        self._publish_table()
+
+    def _publish_table(self) -> None:
         engine, before, after = self._engine, self._freeze, self._engine.freeze
         changed = engine.changed
         if not changed and after is before and engine.preferred == self._preferred:
