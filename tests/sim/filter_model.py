@@ -107,7 +107,7 @@ class FilterModel:
     def begin_write(self, start: int, end: int) -> Op | None:
         """None: another write owns a part of the range. Else ours, or LET_THROUGH."""
         first, last = self._rounded(start, end)
-        if any(op.kind is not Kind.READ and op.first < last and first < op.last for op in self._ops.values()):
+        if any(self._owns(op, first, last) for op in self._ops.values()):
             return None
         legs = self._settled_write(start, end)
         return self._enter(Kind.WRITE if legs else Kind.LET_THROUGH, legs, start, end)
@@ -160,6 +160,12 @@ class FilterModel:
         if legs == BOTH_OK and not all(self._logged[zone] for zone in self._geometry.zones_of(start, end)):
             return 0
         return legs
+
+    def _owns(self, op: Op, first: int, last: int) -> bool:
+        """A write has a part of the range."""
+        if op.kind is Kind.READ or (op.kind is Kind.LET_THROUGH and "let-through-owns-range" in self._omit):
+            return False
+        return op.first < last and first < op.last
 
     def _rounded(self, start: int, end: int) -> tuple[int, int]:
         return start - start % self._align, end + (-end) % self._align

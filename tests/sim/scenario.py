@@ -166,6 +166,8 @@ def _converge(world: World) -> None:
             return False
         if any(not member.engine.joined or member.busy for member in members):
             return False
+        if world.profile.log_empties and any(member.engine.activity.logged for member in members):
+            return False
         phase = leader.engine.phase
         if leader.engine.state.goal is not None or world.zombies_writing():
             return False

@@ -116,6 +116,7 @@ class Profile:
     )  # (event, what happens within trouble_s after it, with which probability)
     trouble_s: float = 0.05
     members_may_stay_away: bool = False  # else all are back soon, and no verb has to give up
+    log_empties: bool = False  # at the end, within the time in which everything must come to rest
     filtered: bool = False  # members have the C filter's model in front of their engines
     lock_s: float = 0.002  # longest wait of one of the filter's threads: for its lock, for a processor, for the engine
 
