@@ -279,4 +279,52 @@ HUNTS: dict[str, Hunt] = {
     ),
     "switch-drains-reads": Hunt(replace(SWITCHING, io_s=0.3)),
     "done-before-clear": Hunt(replace(FAULTS, hosts=2, message_s=0.03)),
+    # With the filter: GATE_RULES.
+    "publish-before-effects": Hunt(replace(FAULTS, filtered=True, whole_writes=0.7, copy_s=0.05)),
+    "take-on-drain": Hunt(replace(COPYING_SHORT, filtered=True, io_s=0.1)),
+    "publish-before-take": Hunt(replace(COPYING, filtered=True, io_s=0.5, copy_s=0.004, lock_s=0.02)),
+    "collect-before-flush": Hunt(replace(FLUSHED, filtered=True)),
+    "collect-before-flush-ends": Hunt(
+        replace(
+            MIRRORED,
+            filtered=True,
+            regions=16,
+            clients=3,
+            think_s=0.02,
+            io_s=0.03,
+            flush_share=0.1,
+            read_share=0.1,
+            quiet=1.0,
+            leg_faults=6.0,
+            flush_faults=1.0,
+            both_legs=0.0,
+            copier_faults=0.0,
+            trouble_s=0.02,
+            trouble_at=(("flush answered", "power", 0.1),),
+        )
+    ),
+    "collect-before-receive": Hunt(
+        replace(COMMITS, filtered=True, log_empties=True, clients=4, flush_share=0.02, read_share=0.0)
+    ),
+    "unlog-lets-go-first": Hunt(replace(MIRRORED, filtered=True, quiet=2.0, io_s=0.02, trouble_at=UNLOGGED_POWER)),
+    "unlog-collects-again": Hunt(
+        replace(
+            MIRRORED,
+            filtered=True,
+            duration_s=4.0,
+            regions=8,
+            think_s=0.4,
+            io_s=0.1,
+            lock_s=0.1,
+            log_s=0.005,
+            read_share=0.0,
+            trouble_s=0.2,
+            trouble_at=(("zones unlogged", "power", 0.9),),
+        )
+    ),
+    "write-in-flight-counts": Hunt(replace(MIRRORED, filtered=True, quiet=2.0, io_s=0.5, trouble_at=UNLOGGED_POWER)),
+    "ended-write-counts-again": Hunt(replace(FLUSHED, filtered=True)),
+    "let-through-owns-range": Hunt(
+        replace(COPYING, filtered=True, regions=2, clients=6, think_s=0.02, io_s=0.05, copy_s=0.04)
+    ),
 }

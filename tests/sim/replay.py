@@ -3,17 +3,17 @@
 import argparse
 import sys
 
-from tests.sim.scenario import PROFILES, profile_of, run
+from tests.sim.scenario import PROFILES, profile_for, run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("seed", type=int)
-    parser.add_argument("profile", nargs="?")
+    parser.add_argument("profile", nargs="?", choices=sorted(PROFILES))
     parser.add_argument("--omit", default="")
     parser.add_argument("--tail", type=int, default=0, help="only the last N lines of the trace")
     arguments = parser.parse_args()
-    profile = PROFILES[arguments.profile or profile_of(arguments.seed)]
+    profile = profile_for(arguments.seed, arguments.profile)
     omit = frozenset(arguments.omit.split(",")) if arguments.omit else frozenset()
     outcome = run(arguments.seed, profile, omit, trace=True)
     for line in outcome.trace[-arguments.tail :]:

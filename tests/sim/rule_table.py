@@ -6,7 +6,7 @@
 import sys
 from dataclasses import dataclass
 
-from shadowvol.core.rules import RULES
+from shadowvol.core.rules import GATE_RULES, RULES
 from tests.sim.hunts import HUNTS
 from tests.sim.scenario import run
 
@@ -46,7 +46,7 @@ def hunt(rule: str) -> Found:
 
 def main() -> int:
     failed = False
-    for rule in sys.argv[1:] or RULES:
+    for rule in sys.argv[1:] or [*RULES, *GATE_RULES]:
         found = hunt(rule)
         failed |= found.seeds is None or bool(found.unclean)
         sys.stdout.write("\n".join([found.row(), *found.unclean]) + "\n")

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from shadowvol.core.inflight import Ticket
 from shadowvol.core.legs import BOTH_OK, SOURCE, TARGET, Phase
-from tests.sim.history import WriteOp
-from tests.sim.world import Member, Profile, World
+from tests.sim.client import Client
+from tests.sim.world import Profile, World
 
 SETTLE_S = 240.0  # virtual seconds of calm in which everything must converge
 CHECK_S = 0.1
@@ -17,219 +16,6 @@ class Outcome:
     coverage: dict[str, int]
     trace: list[str]
     operations: int
-
-
-class Client:
-    """One application thread on one host: a request at a time, again after its member comes back."""
-
-    def __init__(self, world: World, host: str, number: int) -> None:
-        self.world = world
-        self.host = host
-        self.number = number
-        self.operations = 0
-        self.idle = True
-
-    def start(self) -> None:
-        self.world.at(self.world.rng.random() * 0.05, self.next)
-
-    def next(self) -> None:
-        world, rng = self.world, self.world.rng
-        self.idle = True
-        member = world.members[self.host]
-        if world.stopping:
-            return
-        if member is None or not member.alive or world.now < member.paused_until:
-            world.at(0.02, self.next)
-            return
-        self.idle = False
-        self.operations += 1
-        roll = rng.random()
-        if roll < world.profile.flush_share:
-            self.flush(member)
-        elif roll < world.profile.flush_share + world.profile.read_share:
-            self.read(member)
-        elif world.now > 0.5 + world.profile.writes_end_s:
-            self.again()
-        else:
-            self.write(member)
-        # A client whose member dies starts over when it is back.
-        self._watch(member, self.operations, world.power_epoch)
-
-    def _watch(self, member: Member, operation: int, power: int) -> None:
-        world = self.world
-        if power != world.power_epoch or self.idle or operation != self.operations:
-            return
-        if not member.alive:
-            self.next()
-            return
-        world.at(0.05, lambda: self._watch(member, operation, power))
-
-    def again(self) -> None:
-        world = self.world
-        self.idle = True
-        if world.now < world.quiet_until:
-            world.at(world.quiet_until - world.now + 0.01, self.next)
-        else:
-            world.at(world.rng.random() * world.profile.think_s, self.next)
-
-    def _range(self) -> tuple[int, int]:
-        world, rng = self.world, self.world.rng
-        size = world.geometry.size_bytes
-        if rng.random() < world.profile.whole_writes:
-            start = rng.randrange(0, size, 2)
-            return start, min(size, start + 2 * rng.randint(1, 2))
-        start = rng.randrange(min(size, world.profile.span_blocks))
-        return start, min(size, start + rng.randint(1, 3))
-
-    def _lock(self, start: int, end: int) -> int:
-        """Lock as many blocks of [start, end) as no other host is writing: without a lock, nothing is defined."""
-        for block in range(start, end):
-            if not self.world.lock(self.host, block):
-                return block
-        return end
-
-    def write(self, member: Member) -> None:
-        world = self.world
-        start, end = self._range()
-        end = self._lock(start, end)
-        if end == start:
-            world.coverage["another host held the block"] += 1
-            self.again()
-            return
-        values: dict[int, int] = {}
-        writes: list[WriteOp] = []
-        for block in range(start, end):
-            world.value += 1
-            values[block] = world.value
-            op = WriteOp(world.value, self.host, world.now)
-            writes.append(op)
-            world.history.wrote(block, op)
-        ticket: list[Ticket] = []
-        failed: list[tuple[int, int, int]] = []
-        legs_left: list[tuple[int, int, int]] = []
-        name = f"client {self.number}@{self.host} write [{start},{end}) = {writes[0].value}.."
-
-        def admitted() -> bool:
-            made = member.engine.admit_write(start, end)
-            if made is None:
-                return False
-            ticket.append(made)
-            first = 1 - member.engine.preferred
-            for leg in (first, 1 - first):
-                legs_left.extend((leg, a, b) for a, b, legs in made.runs if legs & (1 << leg))
-            world.note(f"{name} admitted to {made.runs}")
-            world.at(0, next_leg)
-            return True
-
-        def next_leg() -> None:
-            if not member.alive:
-                return
-            if not legs_left:
-                member.engine.finish_write(ticket[0], start, end, failed, "EIO")
-                world.wait(member, settled)
-                return
-            leg, a, b = legs_left.pop(0)
-
-            def landed(ok: bool) -> None:
-                if not ok:
-                    failed.append((leg, a, b))
-                    world.coverage["leg write failed"] += 1
-                    world.event("write faulted")
-                next_leg()
-
-            world.leg_write(member, leg, {block: values[block] for block in range(a, b)}, landed)
-
-        def settled() -> bool:
-            if not ticket[0].settled:
-                return False
-            if ticket[0].error is None:
-                for op in writes:
-                    op.end = world.now
-                if failed:
-                    world.coverage["write succeeded although a leg failed"] += 1
-            else:
-                for op in writes:
-                    op.failed = True
-                world.coverage["write answered with an error"] += 1
-            world.note(f"{name} answered {ticket[0].error or 'ok'}")
-            world.unlock(range(start, end))
-            self.again()
-            return True
-
-        world.wait(member, admitted)
-
-    def read(self, member: Member, tries: int = 0, began: float | None = None) -> None:
-        world = self.world
-        start, end = self._range()
-        began = world.now
-
-        def attempt(tries: int) -> None:
-            def admitted() -> bool:
-                made = member.engine.admit_read(start, end)
-                if made is None:
-                    return False
-                made.tries = tries
-                self._read_runs(member, made, start, end, began, attempt)
-                return True
-
-            world.wait(member, admitted)
-
-        attempt(tries)
-
-    def _read_runs(self, member: Member, ticket: Ticket, start: int, end: int, began: float, attempt) -> None:
-        world = self.world
-        left = list(ticket.runs)
-        got: dict[int, int] = {}
-        failed: list[tuple[int, int, int]] = []
-
-        def next_run() -> None:
-            if not left:
-                member.engine.finish_read(ticket, failed, "EIO" if failed else "")
-                world.wait(member, settled)
-                return
-            a, b, leg_bit = left.pop(0)
-            leg = leg_bit - 1
-
-            def fetched(values: dict[int, int] | None) -> None:
-                if values is None:
-                    failed.append((leg, a, b))
-                    world.coverage["leg read failed"] += 1
-                else:
-                    got.update(values)
-                next_run()
-
-            world.leg_read(member, leg, range(a, b), fetched)
-
-        def settled() -> bool:
-            if not ticket.settled:
-                return False
-            if ticket.retry:
-                world.coverage["read moved to the other leg after an error"] += 1
-                attempt(ticket.tries)
-                return True
-            if ticket.error is None:
-                for block, value in got.items():
-                    world.history.blocks[block].reads.append((value, began, world.now))
-                world.note(f"client {self.number}@{self.host} read [{start},{end}) = {[got[b] for b in sorted(got)]}")
-            self.again()
-            return True
-
-        next_run()
-
-    def flush(self, member: Member) -> None:
-        world = self.world
-        began = world.now
-
-        def done(ticket) -> None:
-            if ticket.error is None:
-                world.history.flushed(self.host, began)
-                world.event("flush answered")
-            else:
-                world.history.flush_failed(self.host)
-                world.coverage["flush answered with an error"] += 1
-            self.again()
-
-        world.flush(member, 0, done)
 
 
 def _misfortune(world: World) -> None:
@@ -378,9 +164,9 @@ def _converge(world: World) -> None:
         members = [member for member in world.members.values() if member is not None]
         if len(members) < len(world.members):
             return False
-        if any(not member.engine.joined or member.waiting for member in members):
+        if any(not member.engine.joined or member.busy for member in members):
             return False
-        if any(member.engine.inflight.writes or member.engine.inflight.reads for member in members):
+        if world.profile.log_empties and any(member.engine.activity.logged for member in members):
             return False
         phase = leader.engine.phase
         if leader.engine.state.goal is not None or world.zombies_writing():
@@ -476,4 +262,9 @@ def profile_of(seed: int) -> str:
     return names[seed % len(names)]
 
 
-__all__ = ["BOTH_OK", "PROFILES", "SOURCE", "Outcome", "run"]
+def profile_for(seed: int, name: str | None = None) -> Profile:
+    """The seed's profile, or the named one: in every second lap over the profiles with the filter."""
+    return replace(PROFILES[name or profile_of(seed)], filtered=seed // len(PROFILES) % 2 == 1)
+
+
+__all__ = ["BOTH_OK", "PROFILES", "SOURCE", "Outcome", "profile_for", "profile_of", "run"]

@@ -4,10 +4,11 @@ Thousands of seeds of all profiles (tests/sim/scenario.py); scripts/soak_sim run
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from tests.sim.scenario import PROFILES, profile_of, run
+from tests.sim.scenario import PROFILES, profile_for, profile_of, run
 
 SEEDS = 5600
 CHUNK = 100  # seeds per test: enough tests for each processor, few enough for a short report
@@ -21,6 +22,8 @@ RARE = (
     "copier's flush failed",
     "cutover -> 0",
     "fault found open while preparing a change",
+    "filter op handed over after a failure",
+    "filter op taken",
     "flush answered with an error",
     "fresh region spared its copy",
     "goal None -> abort",
@@ -41,6 +44,7 @@ RARE = (
     "power after: flush answered",
     "power after: zones unlogged",
     "power loss",
+    "read done by the filter",
     "read moved to the other leg after an error",
     "relaxed commits undone by a power loss",
     "refused: a failed write there is not settled yet",
@@ -65,6 +69,7 @@ RARE = (
     "window failed: write error",
     "window's bits set",
     "write answered with an error",
+    "write done by the filter",
     "write succeeded although a leg failed",
     "zones left the log",
 )
@@ -73,10 +78,11 @@ RARE = (
 def report(seed: int) -> str:
     """What went wrong, the command that replays it, and the end of the story."""
     name = profile_of(seed)
-    outcome = run(seed, PROFILES[name], trace=True)
+    profile = profile_for(seed)
+    outcome = run(seed, profile, trace=True)
     return "\n".join(
         [
-            f"seed {seed}, profile {name!r}:",
+            f"seed {seed}, profile {name!r}{' with the filter' if profile.filtered else ''}:",
             *outcome.problems,
             f"replay: .venv/bin/python -m tests.sim.replay {seed}",
             *outcome.trace[-TRACE_LINES:],
@@ -87,7 +93,7 @@ def report(seed: int) -> str:
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 def test_nothing_acknowledged_is_lost(first: int) -> None:
     """All profiles in turn, by seed."""
-    failed = [seed for seed in range(first, first + CHUNK) if run(seed, PROFILES[profile_of(seed)]).problems]
+    failed = [seed for seed in range(first, first + CHUNK) if run(seed, profile_for(seed)).problems]
     if failed:
         pytest.fail(f"seeds that fail: {failed}\n{report(failed[0])}", pytrace=False)
 
@@ -97,13 +103,15 @@ def test_rare_events_are_hit() -> None:
     """A run in which the rare paths do not occur proves nothing about them. Prints the counts (pytest -rA)."""
     coverage: Counter[str] = Counter()
     for seed in range(SEEDS, SEEDS + COVERAGE_SEEDS):
-        coverage.update(run(seed, PROFILES[profile_of(seed)]).coverage)
+        coverage.update(run(seed, profile_for(seed)).coverage)
     for event in RARE:
         print(f"{coverage[event]:7} {event}")
     assert not [event for event in RARE if not coverage[event]]
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_a_seed_replays_exactly(profile: str) -> None:
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_seed_replays_exactly(name: str, filtered: bool) -> None:
     """The same seed gives the same trace, line by line: a failure can be looked at as often as needed."""
-    assert run(7, PROFILES[profile], trace=True).trace == run(7, PROFILES[profile], trace=True).trace
+    profile = replace(PROFILES[name], filtered=filtered)
+    assert run(7, profile, trace=True).trace == run(7, profile, trace=True).trace

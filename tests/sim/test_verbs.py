@@ -11,9 +11,10 @@ from shadowvol.core.commands import RUN_LIMIT_S, TURN_LIMIT_S
 from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.legs import SOURCE, TARGET, Phase
 from shadowvol.core.transitions import HOLD_LIMIT_S, PREPARE_LIMIT_S
+from tests.sim.client import Client
 from tests.sim.hunts import STILL
-from tests.sim.scenario import Client
-from tests.sim.world import Member, World
+from tests.sim.member import Member
+from tests.sim.world import World
 
 BACK_S = 2.0  # a member that was killed serves again within this long
 STEPS = [round(0.01 * step, 2) for step in range(14)] + [0.2, 0.3, 0.4]  # after the kill, or after the verb

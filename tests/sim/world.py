@@ -10,11 +10,11 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from shadowvol.core import commands, windows
 from shadowvol.core.geometry import Geometry
-from shadowvol.core.inflight import Ticket
 from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.legs import BOTH_OK, SOURCE, TARGET, Phase
 from shadowvol.core.member import DoFlush, DoPrepare, FlushTicket, MemberEngine, Send
@@ -41,7 +41,9 @@ from shadowvol.core.steps import (
     SendTo,
 )
 from tests.sim.disk import Disk
-from tests.sim.history import History, WriteOp
+from tests.sim.filter_model import FilterModel
+from tests.sim.history import History
+from tests.sim.member import Member
 from tests.support.memory_coordinator import MemoryStore
 
 NAME = "vol"
@@ -114,24 +116,9 @@ class Profile:
     )  # (event, what happens within trouble_s after it, with which probability)
     trouble_s: float = 0.05
     members_may_stay_away: bool = False  # else all are back soon, and no verb has to give up
-
-
-@dataclass(eq=False)
-class Member:
-    """One incarnation of a host's data plane."""
-
-    host: str
-    engine: MemberEngine
-    alive: bool = True
-    paused_until: float = 0.0
-    waiting: list[Callable[[], bool]] = field(default_factory=list)
-    pending_puts: list[tuple[Disk, int, int]] = field(default_factory=list)
-    flush_failing: int = 0  # flushes that failed and are not settled
-    pumping: bool = False
-
-    @property
-    def opener(self) -> str:
-        return f"{self.host}.{self.engine.incarnation}"
+    log_empties: bool = False  # at the end, within the time in which everything must come to rest
+    filtered: bool = False  # members have the C filter's model in front of their engines
+    lock_s: float = 0.002  # longest wait of one of the filter's threads: for its lock, for a processor, for the engine
 
 
 @dataclass(eq=False)
@@ -288,7 +275,9 @@ class World:
             return
         self.incarnation += 1
         engine = MemberEngine(self.geometry, self.incarnation, align_bytes=1, idle_s=IDLE_S, omit=self.omit)
-        member = Member(host, engine)
+        member = Member(host, engine, self.omit)
+        if self.profile.filtered:
+            member.put_filter_in_front(FilterModel(self.geometry, self.rng, partial(self.soon, member), self.omit))
         self.members[host] = member
         for disk in self.disks:
             disk.openers.add(member.opener)
@@ -296,6 +285,10 @@ class World:
         self._member_tick(member)
         self.at(self.rng.random() * self.profile.announce_s, lambda: self._announce(member))
         self.event("member started")
+
+    def soon(self, member: Member, step: Callable[[], None]) -> None:
+        """A thread of the member's filter gets a lock, or a processor."""
+        self.at(self.rng.random() * self.profile.lock_s, lambda: step() if member.alive else None)
 
     def _announce(self, member: Member) -> None:
         leader = self.leader
@@ -314,7 +307,7 @@ class World:
             self.pump_member(member)  # what a pause has put off
             at_rest = member.engine.at_rest
             self.coverage["member at rest"] += at_rest
-            member.engine.tick(self.now)
+            member.tick(self.now)
             effects = member.engine.take_effects()
             if at_rest and effects:
                 raise AssertionError("a member at rest acted on a tick")
@@ -401,7 +394,7 @@ class World:
 
     def _prepared(self, member: Member, token: int) -> None:
         if member.alive:
-            member.engine.prepared(token, None)
+            member.prepared(token, None)
             self.pump_member(member)
 
     def _member_says(self, member: Member, message: Any) -> None:
@@ -482,7 +475,7 @@ class World:
         if self.now < member.paused_until:
             self.at(member.paused_until - self.now + 0.0001, lambda: self._member_hears(member, message))
             return
-        member.engine.receive(message, self.now)
+        member.receive(message, self.now)
         self.pump_member(member)
 
     # ------------------------------------------------------------ leg I/O
@@ -528,7 +521,7 @@ class World:
         told: list[int] = []
 
         def begin() -> bool:
-            made = member.engine.begin_flush(token)
+            made = member.begin_flush(token, self.now)
             if made is None:
                 return False
             ticket.append(made)
@@ -550,7 +543,7 @@ class World:
 
         def finish(failed: dict[int, str]) -> None:
             if member.alive:
-                member.engine.finish_flush(ticket[0], failed)
+                member.finish_flush(ticket[0], failed, self.now)
                 self.wait(member, settled)
 
         def settled() -> bool:
@@ -853,4 +846,4 @@ def _short(message: Any) -> str:
     return f"{message.subject}#{message.seq} {message.body}"
 
 
-__all__ = ["Member", "Profile", "Ticket", "World", "WriteOp"]
+__all__ = ["Profile", "World"]

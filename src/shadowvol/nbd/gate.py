@@ -26,6 +26,7 @@ Order, for the engine to be exact about what it did not admit itself (each call 
    collected once more; a zone that was written meanwhile is not idle any more. Those that stay are given back.
 5. A leg's descriptors are given to the executor after they were opened, and taken back before they are closed:
    `leg_closes` refuses while the executor has I/O on them.
+1 to 4 have names, GATE_RULES in core/rules.py: the simulator finds the omission of each (tests/sim/member.py).
 """
 
 from collections.abc import Iterable
