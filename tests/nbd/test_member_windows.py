@@ -83,9 +83,7 @@ def test_an_open_window_mirrors_and_remembers(copying: NbdMember, legs: tuple[Pa
     client.close()
 
 
-def test_a_block_with_a_write_in_flight_is_answered_again(
-    tmp_path: Path, slow: Path, legs: tuple[Path, Path]
-) -> None:
+def test_a_block_with_a_write_in_flight_is_answered_again(tmp_path: Path, slow: Path, legs: tuple[Path, Path]) -> None:
     """TOUCHED comes in the middle of a write: the copy that it leads to may read what was there before."""
     with nbd_member(tmp_path, leg_record(legs[0]), leg_record(slow)) as member:
         leader = member.leader
@@ -106,7 +104,7 @@ def test_a_block_with_a_write_in_flight_is_answered_again(
 
 
 def test_a_window_logs_its_zones_when_it_opens(copying: NbdMember) -> None:
-    """Where an application writes: its first write there does not wait for the log. (The others would be for nothing.)"""
+    """Where an application writes: its first write there does not wait for the log. Else it would be for nothing."""
     leader = copying.leader
     leader.request("w1", Open(1, [(4, 20)], 0, 1))
     assert not leader.asked(LogZones), "nobody writes"

@@ -18,12 +18,12 @@ from typing import Any
 
 from shadowvol.core.geometry import Geometry
 from shadowvol.core.legs import BOTH_OK
-from shadowvol.core.route import READ_TARGET, SLOW, WHOLE_SLOW, WRITE_SHIFT
+from shadowvol.core.route import NOTE, READ_TARGET, SLOW, WHOLE_SLOW, WRITE_SHIFT
 from shadowvol.nbd.filter.cgate import READ_SLOW
 
 OVERTAKES = 0.5  # probability that a thread which has arrived locks before the gate's call does
 _READ_BITS = READ_TARGET | READ_SLOW
-_WRITE_BITS = BOTH_OK << WRITE_SHIFT | SLOW | WHOLE_SLOW
+_WRITE_BITS = BOTH_OK << WRITE_SHIFT | SLOW | WHOLE_SLOW | NOTE
 
 Step = Callable[[], None]
 
@@ -46,6 +46,7 @@ class Op:
     first: int
     last: int
     order: tuple[int, int]
+    noted: bool = False  # its range is
     taken: bool = False
     done: bool = False  # handed over, and nothing is left to do
 
@@ -63,6 +64,7 @@ class FilterModel:
         self._table = bytearray([SLOW | READ_SLOW]) * geometry.region_count
         self._logged = [False] * geometry.zone_count
         self._dirty: dict[int, int] = {}  # zone -> legs
+        self._notes: list[tuple[int, int]] = []
         self._ops: dict[int, Op] = {}
         self._preferred = 0
         self._hold_reads = self._hold_writes = False
@@ -110,12 +112,18 @@ class FilterModel:
         if any(self._owns(op, first, last) for op in self._ops.values()):
             return None
         legs = self._settled_write(start, end)
-        return self._enter(Kind.WRITE if legs else Kind.LET_THROUGH, legs, start, end)
+        op = self._enter(Kind.WRITE if legs else Kind.LET_THROUGH, legs, start, end)
+        op.noted = bool(legs and self._table[self._geometry.regions_of(start, end)[0]] & NOTE)
+        if "noted-when-begun" not in self._omit:
+            self._note(op)
+        return op
 
     def settle(self, op: Op, ok: bool) -> bool:
         """Its I/O has ended. False: it is handed over."""
         if op.kind is Kind.WRITE and "ended-write-counts-again" not in self._omit:
             self._mark_dirty(op)
+        if "noted-when-begun" in self._omit:
+            self._note(op)
         if not ok or op.taken:
             op.done = ok
             return False
@@ -178,6 +186,10 @@ class FilterModel:
         self._ops[number] = op
         return op
 
+    def _note(self, op: Op) -> None:
+        if op.noted and "write-is-noted" not in self._omit:
+            self._notes.append((op.start, op.end))
+
     def _mark_dirty(self, op: Op) -> None:
         for zone in self._geometry.zones_of(op.start, op.end):
             self._dirty[zone] = self._dirty.get(zone, 0) | op.legs
@@ -207,6 +219,13 @@ class FilterModel:
         self._dirty.clear()
         out._obj[: len(codes)] = codes
         return len(codes)
+
+    def shadowvol_collect_notes(self, out: Any) -> int:
+        self._let_others_lock()
+        notes, self._notes = self._notes, []
+        for told, (start, end) in zip(out._obj, notes, strict=False):
+            told.start, told.end = start, end
+        return len(notes)
 
     def shadowvol_take(self, start: int, end: int, reads: bool, writes: bool, out: Any) -> int:
         self._let_others_lock()

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 from shadowvol.core.geometry import Run
 from shadowvol.core.inflight import Ticket
-from shadowvol.core.legs import BOTH_OK
 from shadowvol.core.member import FlushTicket, MemberEngine
 from shadowvol.core.messages import Reply, Request
 from shadowvol.nbd.filter.cgate import FilterGate
@@ -25,11 +24,18 @@ class OmittingGate(FilterGate):
     def __init__(self, engine: MemberEngine, model: FilterModel, omit: frozenset[str]) -> None:
         self._omit = omit
         self._taking = False
+        self.notes_wait = False
         super().__init__(engine, cast(Any, model))
+        if "touched-takes" in omit:
+            engine.inflight.gather_writes = lambda extents: None  # type: ignore[method-assign]
 
     def publish(self) -> None:
         if not self._taking:
             super().publish()
+
+    def collect_notes(self) -> None:
+        if not self.notes_wait:
+            super().collect_notes()
 
     def take(self, extents: list[Run] | None, reads: bool, writes: bool) -> None:
         if "take-on-drain" in self._omit:
@@ -94,10 +100,6 @@ class Member:
     def admit_write(self, start: int, end: int) -> Ticket | None:
         ticket = self.engine.admit_write(start, end)
         self._publish()
-        if ticket is not None:
-            for first, last, legs in ticket.runs:
-                if legs == BOTH_OK:
-                    self.gate.log_zones(self.engine.geometry.zones_of(first, last), True)
         return ticket
 
     def finish_write(
@@ -128,7 +130,11 @@ class Member:
         self._publish()
 
     def receive(self, message: Request | Reply, now_s: float) -> None:
+        if isinstance(self.gate, OmittingGate):
+            self.gate.notes_wait = "notes-before-receive" in self.omit
         self._collect("collect-before-receive", now_s)
+        if isinstance(self.gate, OmittingGate):
+            self.gate.notes_wait = False
         self.engine.receive(message, now_s)
         self._publish()
 

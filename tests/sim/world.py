@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from shadowvol.core import commands, windows
+from shadowvol.core.activity import ZONES_EXPECTED_MAX
 from shadowvol.core.geometry import Geometry
 from shadowvol.core.leader import LeaderEngine
 from shadowvol.core.legs import BOTH_OK, SOURCE, TARGET, Phase
@@ -116,7 +117,8 @@ class Profile:
     )  # (event, what happens within trouble_s after it, with which probability)
     trouble_s: float = 0.05
     members_may_stay_away: bool = False  # else all are back soon, and no verb has to give up
-    log_empties: bool = False  # at the end, within the time in which everything must come to rest
+    zones_expected_max: int = ZONES_EXPECTED_MAX  # of a window that are logged when it opens
+    log_empties: bool = True  # at the end, within the time in which everything must come to rest
     filtered: bool = False  # members have the C filter's model in front of their engines
     lock_s: float = 0.002  # longest wait of one of the filter's threads: for its lock, for a processor, for the engine
 
@@ -274,7 +276,14 @@ class World:
         if self.members[host] is not None:
             return
         self.incarnation += 1
-        engine = MemberEngine(self.geometry, self.incarnation, align_bytes=1, idle_s=IDLE_S, omit=self.omit)
+        engine = MemberEngine(
+            self.geometry,
+            self.incarnation,
+            align_bytes=1,
+            idle_s=IDLE_S,
+            zones_expected_max=self.profile.zones_expected_max,
+            omit=self.omit,
+        )
         member = Member(host, engine, self.omit)
         if self.profile.filtered:
             member.put_filter_in_front(FilterModel(self.geometry, self.rng, partial(self.soon, member), self.omit))

@@ -26,8 +26,14 @@ ZONES_EXPECTED_MAX = 64  # of one window: 1 GiB; larger ones are mostly holes
 class Activity:
     """Zones by index."""
 
-    def __init__(self, omit: frozenset[str] = NONE_OMITTED, idle_s: float = IDLE_S) -> None:
+    def __init__(
+        self,
+        omit: frozenset[str] = NONE_OMITTED,
+        idle_s: float = IDLE_S,
+        expected_max: int = ZONES_EXPECTED_MAX,
+    ) -> None:
         self._omit = omit
+        self._expected_max = expected_max
         self.idle_s = idle_s
         self.logged: set[int] = set()
         self.wanted: set[int] = set()  # to be asked for when the request under way is replied to
@@ -38,6 +44,7 @@ class Activity:
         self.all_dirty = [("new-member-all-dirty" not in omit)] * 2
         self._inflight: dict[int, int] = {}
         self._last_write_s: dict[int, float] = {}
+        self._written_s = float("-inf")  # the last write of all
         self._clock = 0  # orders writes against flush captures
         self.now_s = 0.0
         self.unsettled_flush_failures = 0
@@ -62,7 +69,7 @@ class Activity:
     def expect(self, zones: set[int]) -> bool:
         """Mirrored writes to these zones are about to begin: they are wanted before the first of them waits for it.
         True where something is to be asked for. Nothing is where no write came lately, or too many zones are meant."""
-        if not (self.logged or any(self.dirty)) or len(zones) > ZONES_EXPECTED_MAX:
+        if self.now_s - self._written_s > self.idle_s or len(zones) > self._expected_max:
             return False
         self.wanted |= zones - self.logged - self.asked - self.leaving
         return bool(self.wanted)
@@ -75,6 +82,7 @@ class Activity:
     def end(self, zones: range, legs: int) -> None:
         """The I/O has ended (also with an error)."""
         self._mark(zones, legs)
+        self._written_s = self.now_s
         for zone in zones:
             left = self._inflight[zone] - 1
             if left:
@@ -95,7 +103,7 @@ class Activity:
         """(zone, legs) that another executor has written since the last call, or is writing now (nbd/gate.py)."""
         self._clock += 1
         for zone, legs in zones:
-            self._last_write_s[zone] = now_s
+            self._last_write_s[zone] = self._written_s = now_s
             for leg in (0, 1):
                 if legs & (1 << leg):
                     self.dirty[leg][zone] = self._clock

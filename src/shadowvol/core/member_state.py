@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shadowvol.core import bytemap
-from shadowvol.core.activity import IDLE_S, Activity
+from shadowvol.core.activity import IDLE_S, ZONES_EXPECTED_MAX, Activity
 from shadowvol.core.geometry import Geometry, Run, merge_runs, overlaps, runs_of
 from shadowvol.core.inflight import InFlight
 from shadowvol.core.legs import BOTH_OK, LEG_NAMES, S_OK, SOURCE, T_OK, Phase
@@ -127,6 +127,7 @@ class MemberState:
         *,
         align_bytes: int = 512,
         idle_s: float = IDLE_S,
+        zones_expected_max: int = ZONES_EXPECTED_MAX,
         omit: frozenset[str] = NONE_OMITTED,
     ) -> None:
         self.geometry = geometry
@@ -142,7 +143,7 @@ class MemberState:
         self.changed: list[Run] | None = None  # None: nobody wants to know
         self._published = published_table(self.phase, self.preferred)
         self.inflight = InFlight(align_bytes)
-        self.activity = Activity(omit, idle_s)
+        self.activity = Activity(omit, idle_s, zones_expected_max)
         self.windows: dict[int, MemberWindow] = {}
         self.blocked = ""
         self.now_s = 0.0

@@ -34,11 +34,12 @@ def published(own: int, phase: Phase, preferred: int) -> int:
         # Only the target is written; where the source still counts for undo-after-commit it must be cleared first.
         return READ_TARGET | WRITE_TARGET | (SLOW if ok & S_OK else 0)
     read = preferred if ok & (1 << preferred) else (SOURCE if ok & S_OK else TARGET)
-    legs = BOTH_OK if own & (IN_WINDOW | FRESH) else ok
+    # Before a start and after an abort the target is nobody's to write, though a window may not have been dropped yet.
+    legs = BOTH_OK if own & (IN_WINDOW | FRESH) and phase is not Phase.SETUP else ok
     byte = (READ_TARGET if read == TARGET else 0) | (WRITE_SOURCE if legs & S_OK else 0)
     byte |= WRITE_TARGET if legs & T_OK else 0
     one_legged_copying = phase is Phase.COPYING and legs != BOTH_OK
-    noted = own & IN_WINDOW and not own & SETTLED
+    noted = own & IN_WINDOW and not own & SETTLED and phase is not Phase.SETUP
     byte |= (NOTE if noted else 0) | (SLOW if own & HELD else 0)
     return byte | (WHOLE_SLOW if one_legged_copying else 0)
 

@@ -79,6 +79,10 @@ GATE_RULES: Final[dict[str, str]] = {
     "unlog-collects-again": "a zone that was written until the filter let go of it does not leave the log",
     "write-in-flight-counts": "a write of the filter's in flight counts as written when the gate collects",
     "ended-write-counts-again": "a write of the filter's counts again when it has ended",
+    "write-is-noted": "a write of the filter's to an open window is noted",
+    "noted-when-begun": "it is noted before its first byte, and its copy is repeated if CLOSE comes in its middle",
+    "notes-before-receive": "what the filter noted is known before TOUCHED and CLOSE are obeyed",
+    "touched-takes": "TOUCHED forgets no block of a write that the filter has in flight",
     "let-through-owns-range": "a write of the data path keeps overlapping ones of the filter's out",
 }
 

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shadowvol.core.leader import LeaderEngine
 
-PACED_S = 1.0  # of copying per window where it is held back: larger ones close and flush more at once
+PACED_S = 4.0  # of copying per window where it is held back: each costs messages, records and flushes
 WINDOWS_PACED = 2  # are enough then: one is copied, the other opens or closes
 COPY_SHORT_S, COPY_LONG_S = 1.0, 4.0  # a window copied sooner than this doubles the next one, later halves it
 
 
 def _is_paced(leader: "LeaderEngine") -> bool:
-    """The copy is held back so much that a window of the usual size would be open for long."""
-    return leader.copy_rate is not None and leader.copy_rate * PACED_S < leader.limits.window_bytes
+    """The copy is held back so much that a large window would be open for long."""
+    return leader.copy_rate is not None and leader.copy_rate * PACED_S < leader.limits.window_bytes_max
 
 
 def windows_copying(leader: "LeaderEngine") -> int:

@@ -195,6 +195,10 @@ class FilterGate:
         if count:
             written = [(code >> 2, code & BOTH_OK) for code in self._zones[:count]]
             self._engine.activity.written_elsewhere(written, now_s)
+        self.collect_notes()
+
+    def collect_notes(self) -> None:
+        """Of the writes to open windows that have begun since the last time. Part of collect()."""
         for note in self._notes[: self._library.shadowvol_collect_notes(ctypes.byref(self._notes))]:
             self._engine.touch(note.start, note.end)
 
