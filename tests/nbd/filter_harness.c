@@ -2,13 +2,14 @@
  * obeys the same rules as the member's data path, and an author flips regions as fast as it can.
  *
  * Usage: filter_harness DIRECTORY SEED FLIPS [OMIT]. Exit 0: all is well. 1: a rule was broken, and which one is printed.
- * OMIT: "drain" (the author does not wait for what was in flight), "take" (it does not even ask). Compiled with
- * -DOMIT_OVERLAP overlapping writes are not serialised. tests/nbd/test_filter_harness.py builds and runs all of them.
+ * OMIT: "drain" (the author does not wait for what was in flight), "take" (it does not even ask), "notes" (it does not
+ * collect them). Compiled with -DOMIT_OVERLAP overlapping writes are not serialised. tests/nbd/test_filter_harness.py builds and runs all of them.
  *
  * What is checked
  * - a read returns no less than what was acknowledged, or read by somebody, before it began, and no more than was begun;
  * - where a region is ok on both legs, they are equal whenever its writes are held and drained;
  * - a write that was answered is known to the author as dirty, on each leg that it was to reach;
+ * - a write that was answered in a region whose writes are noted is noted;
  * - nothing is mirrored in a zone that has left the log;
  * - every ticket ends, every leg can be let go, and counters tell what was done.
  * I/O of the filter is delayed, cut short, interrupted and failed at random (filter_disturbed.h).
@@ -41,11 +42,12 @@ static int leg_fds[2];
 static uint8_t state[REGIONS];         /* as core/route.py */
 static bool held_reads[REGIONS], held_writes[REGIONS];
 static bool zone_logged[ZONES];
-static uint64_t clock_now, written_at[2][ZONES];
+static uint64_t clock_now, written_at[2][ZONES], noted_at[BLOCKS];
+static unsigned flips_of[REGIONS];
 static unsigned zone_writes[ZONES];    /* by the plugin, in flight */
 static struct ticket { bool used, is_write; uint64_t start, end; } tickets[OPS_MAX];
 static int ticket_of_op[OPS_MAX];
-static bool omit_drain, omit_take;
+static bool omit_drain, omit_take, omit_notes;
 static atomic_ulong adopted, taken_count;
 
 static void
@@ -58,8 +60,20 @@ written (uint64_t zone, unsigned bits)
 }
 
 static void
+noted (uint64_t start, uint64_t end)
+{
+  clock_now++;
+  for (uint64_t block = start / BLOCK; block <= (end - 1) / BLOCK; block++)
+    noted_at[block] = clock_now;
+}
+
+static void
 collect (void)
 {
+  static struct range notes_now[NOTES_MAX];
+  uint32_t notes_told = omit_notes ? 0 : shadowvol_collect_notes (notes_now);
+  for (uint32_t index = 0; index < notes_told; index++)
+    noted (notes_now[index].start, notes_now[index].end);
   uint32_t zones[ZONES];
   uint32_t count = shadowvol_collect (zones);
   for (uint32_t index = 0; index < count; index++)
@@ -133,6 +147,7 @@ flip (unsigned region)
   uint8_t now = state[region], read = now & READ_TARGET;
   pthread_mutex_lock (&author);
   collect ();
+  flips_of[region]++;
   held_writes[region] = true;
   publish (region);
   drain (region, false, true);
@@ -141,7 +156,7 @@ flip (unsigned region)
     if (pread (leg_fds[read], copy, REGION, (off_t) region * REGION) != REGION
         || pwrite (leg_fds[1 - read], copy, REGION, (off_t) region * REGION) != REGION)
       broken ("a leg cannot be copied", region);
-    state[region] = 2 | 4 | read;
+    state[region] = 2 | 4 | read | (below (2) ? NOTE : 0);
   }
   else if (below (2)) {                 /* reads move; the writes wait until none is on its way to the old leg */
     compare (region);
@@ -154,6 +169,7 @@ flip (unsigned region)
     state[region] = read ? 4 | READ_TARGET : 2;
   }
   held_writes[region] = false;
+  flips_of[region]++;                   /* its middle, where others had the lock, is over */
   publish (region);
   pthread_cond_broadcast (&changed);
   pthread_mutex_unlock (&author);
@@ -214,6 +230,7 @@ plugin_io (bool is_write, char *buffer, uint32_t count, uint64_t offset)
       uint32_t index = zone;
       zone_writes[zone]++;
       written (zone, touched);
+      noted (offset, end);
       if (touched == BOTH) {            /* made durable, as it were */
         zone_logged[zone] = true;
         shadowvol_log_zones (&index, 1, 1);
@@ -312,6 +329,8 @@ client_write (unsigned self)
     begun[block] = version;
   pthread_mutex_lock (&author);
   uint64_t before = ++clock_now;
+  unsigned region = block / (REGION / BLOCK), flips_before = flips_of[region];
+  bool due = state[region] & NOTE;
   pthread_mutex_unlock (&author);
   int err = 0;
   if (filter_pwrite (&plugin, NULL, buffer, count * BLOCK, (uint64_t) block * BLOCK, 0, &err) != 0)
@@ -323,6 +342,9 @@ client_write (unsigned self)
   uint64_t zone = (uint64_t) block * BLOCK / ZONE;
   if (written_at[0][zone] <= before && written_at[1][zone] <= before)
     broken ("an answered write that the author does not know of", zone);
+  for (unsigned index = block; index < block + count; index++)
+    if (due && flips_of[region] == flips_before && noted_at[index] <= before)
+      broken ("an answered write that is not noted", index);
   pthread_mutex_unlock (&author);
 }
 
@@ -379,6 +401,7 @@ main (int argc, char **argv)
     return 2;
   uint64_t seed = strtoull (argv[2], NULL, 10), flips = strtoull (argv[3], NULL, 10);
   omit_take = argc > 4 && strcmp (argv[4], "take") == 0;
+  omit_notes = argc > 4 && strcmp (argv[4], "notes") == 0;
   omit_drain = argc > 4 && strcmp (argv[4], "drain") == 0;
   disturb_chance = seed;
   filter_load ();

@@ -46,8 +46,8 @@ def test_flips_under_load_keep_every_rule(tmp_path: Path, flags: tuple[str, ...]
 
 @pytest.mark.parametrize(
     ("flags", "omit"),
-    [(PLAIN, ("drain",)), (PLAIN, ("take",)), ((*PLAIN, "-DOMIT_OVERLAP"), ())],
-    ids=["drain", "take", "overlap"],
+    [(PLAIN, ("drain",)), (PLAIN, ("take",)), (PLAIN, ("notes",)), ((*PLAIN, "-DOMIT_OVERLAP"), ())],
+    ids=["drain", "take", "notes", "overlap"],
 )
 def test_what_is_left_out_is_found(tmp_path: Path, flags: tuple[str, ...], omit: tuple[str, ...]) -> None:
     done = run(tmp_path, flags, 1, FLIPS_OMITTED, *omit)
