@@ -155,7 +155,9 @@ class Copier:
                 _logger.warning("%s: the transfer process: %s", self._volume, error)
             nursery.cancel_scope.cancel()
 
-    async def _send_lines(self, connection: trio.socket.SocketType, receive: trio.MemoryReceiveChannel[bytes]) -> None:
+    async def _send_lines(
+        self, connection: trio.socket.SocketType, receive: trio.MemoryReceiveChannel[bytes]
+    ) -> None:
         try:
             async for line in receive:
                 rest = memoryview(line)

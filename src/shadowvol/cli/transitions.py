@@ -89,7 +89,9 @@ def abort(invocation: Invocation, name: str) -> None:
 @click.option("--target-cache", type=CACHE, default="host", help="host: through the page cache; none: O_DIRECT.")
 @click.option("--force", is_flag=True, help="Take one that carries a file system, LVM or RAID signature.")
 @pass_invocation
-def retarget(invocation: Invocation, name: str, target: str, provision: bool, target_cache: str, force: bool) -> None:
+def retarget(
+    invocation: Invocation, name: str, target: str, provision: bool, target_cache: str, force: bool
+) -> None:
     """Give a volume in phase setup another target."""
     from shadowvol.endpoints.identity import LegRefused, LegSpec
 

@@ -204,10 +204,8 @@ class LeaderEngine(Kernel):
         relaxed: bool = False,
     ) -> Txn:
         """A transaction of this leadership: it compares the epoch. `chunks`: regions of `new_map` to write."""
-        guard = (
-            ()
-            if "epoch-compare" in self.omit
-            else (Compare(self.keys.leader, Holds.VALUE, encode_leader(self.epoch, self.host)),)
+        guard = () if "epoch-compare" in self.omit else (
+            Compare(self.keys.leader, Holds.VALUE, encode_leader(self.epoch, self.host)),
         )
         all_puts = list(puts)
         if state is not None:
@@ -327,3 +325,5 @@ class LeaderEngine(Kernel):
             self.clear_queued = True
             start = self.queue_exclusive if "done-before-clear" not in self.omit else self.spawn
             start(changes.clear(self), "leg fault")
+
+

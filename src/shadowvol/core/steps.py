@@ -139,6 +139,7 @@ class Deposed:
 Effect = SendTo | DoPersist | DoCopy | DoCancel | DoCopierFlush | DoProbe | CommandDone | Deposed
 
 
+
 class WindowVoid(Exception):
     """Thrown into a window's protocol when its record is gone."""
 

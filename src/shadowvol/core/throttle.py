@@ -241,7 +241,9 @@ def share(budget: float, volumes: list[Copying]) -> dict[str, float]:
     rate_min, but never above its rate_max) it gets even beyond the budget. Bytes per second by name."""
 
     def parts(level: float) -> dict[str, float]:
-        return {volume.name: min(max(level, volume.rate_min), volume.rate_max or float("inf")) for volume in volumes}
+        return {
+            volume.name: min(max(level, volume.rate_min), volume.rate_max or float("inf")) for volume in volumes
+        }
 
     low, high = 0.0, budget
     for _ in range(_BISECTIONS):
