@@ -301,6 +301,12 @@ class LeaderEngine(Kernel):
         copying = self.state.phase is Phase.COPYING and not self.state.paused
         return not copying or self.map.next_one_legged(0, (S_OK, T_OK)) < 0
 
+    @property
+    def calm(self) -> bool:
+        """At most copying is under way, whose protocol is driven by events: what waits for a tick may wait longer."""
+        waited_for = self.exclusive or self.faults or self.commands or self.sync_queued or self.unresolved
+        return not waited_for and self.state.goal is None and self.backoff.until_s <= self.now_s
+
     def doing(self) -> dict[str, Any]:
         """A snapshot for status and logs: exclusive change under way, windows with their step."""
         return {

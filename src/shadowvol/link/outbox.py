@@ -18,7 +18,7 @@ UNSENT_MAX = 10_000  # messages for an end that does not read
 
 
 class Outbox:
-    """Belongs to one connected socket, which it makes non-blocking. The caller closes that, with `notify_closing` if tasks wait."""
+    """Belongs to one connected socket, which it makes non-blocking; the caller closes that one."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
