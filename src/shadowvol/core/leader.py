@@ -303,9 +303,10 @@ class LeaderEngine(Kernel):
 
     @property
     def calm(self) -> bool:
-        """At most copying is under way, whose protocol is driven by events: what waits for a tick may wait longer."""
+        """Windows are being copied, which events bring on, and nothing else is under way: ticks may be fewer."""
         waited_for = self.exclusive or self.faults or self.commands or self.sync_queued or self.unresolved
-        return not waited_for and self.state.goal is None and self.backoff.until_s <= self.now_s
+        backing_off = self.backoff.until_s > self.now_s
+        return bool(self.windows) and not waited_for and self.state.goal is None and not backing_off
 
     def doing(self) -> dict[str, Any]:
         """A snapshot for status and logs: exclusive change under way, windows with their step."""
