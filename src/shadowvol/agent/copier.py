@@ -17,6 +17,7 @@ import trio
 from shadowvol.core.legs import LEG_NAMES, leg_number
 from shadowvol.core.steps import CopierFlush, Copy, CopyResult, Probe
 from shadowvol.link import locks
+from shadowvol.link.outbox import Outbox
 from shadowvol.transfer.wire import LineBuffer, WireError, encode
 
 RESTART_S = 0.5  # between two starts, so that a process that dies at once does not spin
@@ -47,8 +48,7 @@ class Copier:
         self._started = started
         self._stopped = stopped
         self._job_done = job_done
-        self._socket: trio.socket.SocketType | None = None
-        self._outbox: trio.MemorySendChannel[bytes] | None = None
+        self._outbox: Outbox | None = None
         self._legs: dict[str, Any] = {}
         self._kinds: dict[int, str] = {}
         self._reopen_at_s = 0.0
@@ -121,14 +121,12 @@ class Copier:
             )
         self._process_pid = process.pid
         _logger.debug("%s: started the transfer process, process %d", self._volume, process.pid)
-        connection = trio.socket.from_stdlib_socket(ours)
         try:
-            await self._serve(connection)
+            await self._serve(ours)
         finally:
             # Hanging up makes it end; whatever happens here, its end is awaited.
             self._outbox = None
-            self._socket = None
-            connection.close()
+            ours.close()
             with trio.CancelScope(shield=True):
                 code = await process.wait()
             if self.pid is not None:
@@ -138,37 +136,36 @@ class Copier:
             if code not in (0, LOCK_HELD_EXIT):
                 _logger.warning("%s: the transfer process ended with code %s; starting it again", self._volume, code)
 
-    async def _serve(self, connection: trio.socket.SocketType) -> None:
-        send, receive = trio.open_memory_channel[bytes](10_000)
-        self._outbox = send
+    async def _serve(self, connection: socket.socket) -> None:
+        self._outbox = Outbox(connection)
         self._send({"cmd": "open", "legs": self._legs})
         self._send({"cmd": "throttle", "rate": self._rate})
         self._send({"cmd": "pause", "on": self._paused})
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._send_lines, connection, receive)
-            buffer = LineBuffer()
+            nursery.start_soon(self._outbox.send_rest)
             try:
-                while data := await connection.recv(_RECEIVE_BYTES):
-                    for message in buffer.feed(data):
-                        self._event(message)
+                await self._receive(connection)
             except (OSError, WireError) as error:
                 _logger.warning("%s: the transfer process: %s", self._volume, error)
             nursery.cancel_scope.cancel()
 
-    async def _send_lines(
-        self, connection: trio.socket.SocketType, receive: trio.MemoryReceiveChannel[bytes]
-    ) -> None:
-        try:
-            async for line in receive:
-                rest = memoryview(line)
-                while rest:
-                    rest = rest[await connection.send(rest) :]
-        except OSError:
-            pass  # the receiving side notices
+    async def _receive(self, connection: socket.socket) -> None:
+        """Events until the process ends. Raises OSError and WireError."""
+        buffer = LineBuffer()
+        while True:
+            await trio.lowlevel.wait_readable(connection)
+            try:
+                data = connection.recv(_RECEIVE_BYTES)
+            except BlockingIOError:
+                continue
+            if not data:
+                return
+            for message in buffer.feed(data):
+                self._event(message)
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._outbox is not None:
-            self._outbox.send_nowait(encode(message))
+            self._outbox.put(encode(message))
 
     def _event(self, message: dict[str, Any]) -> None:
         event = message["event"]

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from shadowvol.nbd.serve import member_argv
 BACKLOG = 128
 RESTART_S = 0.05  # between two starts of a member
 RESTART_LAST_S = 3.0  # it doubles up to this while members die before they say hello
-OUTBOX_MAX = 10_000  # frames for a member that does not read; then its link is dropped and it reconnects
 _WAITING = trio.CapacityLimiter(10_000)  # a thread for each lock; the default limit would cap the volumes at 40
 
 _logger = logging.getLogger("shadowvol.agent")
@@ -71,7 +71,7 @@ class DataPlane:
         self._counts = statistics
         self._newest = newest_incarnation
         self._listener: int | None = None  # descriptor
-        self._outbox: trio.MemorySendChannel[tuple[dict[str, Any], bytes]] | None = None
+        self._link: TrioLink | None = None  # None: nothing is sent
         self._said_hello = False
         self._no_filter_told: str | None = None
         self._stopping = False
@@ -172,10 +172,9 @@ class DataPlane:
         self._tell_no_filter(hello.get("no_filter"))
         incarnation = hello["incarnation"]
         self._newest = max(self._newest, incarnation)
-        send, receive = trio.open_memory_channel[tuple[dict[str, Any], bytes]](OUTBOX_MAX)
-        self._outbox = send
+        self._link = link
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._send_frames, link, receive)
+            nursery.start_soon(_send_rest, link)
             self.incarnation = incarnation
             self._up(incarnation)
             try:
@@ -185,8 +184,8 @@ class DataPlane:
             except (OSError, EOFError, FramingError, trio.ClosedResourceError) as error:
                 _logger.warning("%s: link to the member: %s", self._volume, error)
             nursery.cancel_scope.cancel()
-        if self._outbox is send:
-            self._outbox = None
+        if self._link is link:
+            self._link = None
         link.close()
 
     def _tell_no_filter(self, why: str | None) -> None:
@@ -210,21 +209,12 @@ class DataPlane:
         self._put({"type": "Down", "force": force}, b"")
 
     def _put(self, message: dict[str, Any], blob: bytes) -> None:
-        if self._outbox is not None:
+        if self._link is not None:
             try:
-                self._outbox.send_nowait((message, blob))
+                self._link.put(message, blob)
             except trio.WouldBlock:
-                self._outbox = None
+                self._link = None
                 _logger.warning("%s: the member does not read its link", self._volume)
-
-    async def _send_frames(
-        self, link: TrioLink, receive: trio.MemoryReceiveChannel[tuple[dict[str, Any], bytes]]
-    ) -> None:
-        try:
-            async for message, blob in receive:
-                await link.send(message, blob)
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the receiving side notices
 
     def _take(self, frame: Frame) -> None:
         kind = frame.message.get("type")
@@ -241,3 +231,8 @@ class DataPlane:
             message = from_wire(frame.message, frame.blob)
             if isinstance(message, Answer | Ask):
                 self._message(message)
+
+
+async def _send_rest(link: TrioLink) -> None:
+    with suppress(trio.ClosedResourceError):  # the receiving side notices
+        await link.send_rest()

@@ -54,6 +54,7 @@ from shadowvol.core.steps import (
 from shadowvol.core.throttle import Pace
 
 TICK_S = 0.05
+TICK_CALM_S = 0.2  # while it only copies: events bring that on, and each tick takes 0.1 ms from the application
 TICK_AT_REST_S = 2.0  # while the engine says that time alone brings nothing on
 LEAD_RETRY_S = 1.0  # between attempts to take the leadership while the coordinator cannot be reached
 DOWN_LIMIT_S = 15.0  # for a member to drain, flush and empty its log
@@ -89,6 +90,8 @@ class Volume:
         self._coordinator = coordinator
         self._pacer = pacer
         self._changed = trio.Event()  # set, and replaced, whenever the engine may have changed
+        self._copier_need_seen: object = None  # by the one task that minds the copier
+        self._copier_need_changed = trio.Event()
         self._commands = Commands(self, self._pump, lambda: self._changed.wait())
         self._last_request_s = -BUSY_S  # when the application was last seen at work
         self._log = LogKeeper(config.name, coordinator, host)
@@ -329,7 +332,7 @@ class Volume:
                 if not waited.cancelled_caught:
                     continue
             else:
-                await trio.sleep(TICK_S)
+                await trio.sleep(TICK_CALM_S if self.engine.calm else TICK_S)
             if self.engine is not None:
                 self.engine.application_busy = trio.current_time() - self._last_request_s < BUSY_S
                 self.engine.tick(trio.current_time())
@@ -340,6 +343,8 @@ class Volume:
         """Who waits for a change looks again. To lose none: take `_changed`, look, and only then wait for it."""
         self._changed.set()
         self._changed = trio.Event()
+        if self._copier_need() != self._copier_need_seen:
+            self._copier_need_changed.set()
 
     # ------------------------------------------------------------ member
 
@@ -410,16 +415,30 @@ class Volume:
     async def _mind_copier(self) -> None:
         """A transfer process runs while there is something to copy, or could be again."""
         while True:
-            changed, engine = self._changed, self.engine
-            wanted = engine is not None and not engine.deposed and self._needs_copier(engine)
+            engine, wanted, quarantine = self._see_copier_need()
             again_s = math.inf
             if wanted and self._copier_scope is None:
                 await self._run_copier()
-            elif not wanted and engine is not None and engine.quarantine:
+                await trio.lowlevel.checkpoint()  # who ended it may be about to end the volume
+                continue
+            if not wanted and engine is not None and quarantine:
                 await self._end_quarantine()
                 again_s = TICK_S  # nobody tells when the lock is free
             with trio.move_on_after(again_s):
-                await changed.wait()
+                await self._copier_need_changed.wait()
+
+    def _copier_need(self) -> tuple[LeaderEngine | None, bool, bool]:
+        """What the life of the transfer process depends on. It is looked at after each event, and hardly ever changes,
+        so who waits for a change is not woken by each event."""
+        engine = self.engine
+        wanted = engine is not None and not engine.deposed and self._needs_copier(engine)
+        return engine, wanted, engine is not None and bool(engine.quarantine)
+
+    def _see_copier_need(self) -> tuple[LeaderEngine | None, bool, bool]:
+        """From here on a change sets `_copier_need_changed`."""
+        self._copier_need_changed = trio.Event()
+        self._copier_need_seen = need = self._copier_need()
+        return need
 
     async def _run_copier(self) -> None:
         engine = self.engine
@@ -442,8 +461,8 @@ class Volume:
 
     async def _stop_copier_when_idle(self) -> None:
         """When the phase needs no copying any more (commit, abort), its process ends and its legs are closed."""
-        while (engine := self.engine) is not None and self._needs_copier(engine):
-            await self._changed.wait()
+        while self._see_copier_need()[1]:
+            await self._copier_need_changed.wait()
         self._stop_copier()
 
     def _needs_copier(self, engine: LeaderEngine) -> bool:

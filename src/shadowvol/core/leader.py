@@ -301,6 +301,13 @@ class LeaderEngine(Kernel):
         copying = self.state.phase is Phase.COPYING and not self.state.paused
         return not copying or self.map.next_one_legged(0, (S_OK, T_OK)) < 0
 
+    @property
+    def calm(self) -> bool:
+        """Windows are being copied, which events bring on, and nothing else is under way: ticks may be fewer."""
+        waited_for = self.exclusive or self.faults or self.commands or self.sync_queued or self.unresolved
+        backing_off = self.backoff.until_s > self.now_s
+        return bool(self.windows) and not waited_for and self.state.goal is None and not backing_off
+
     def doing(self) -> dict[str, Any]:
         """A snapshot for status and logs: exclusive change under way, windows with their step."""
         return {

@@ -7,9 +7,9 @@ Descriptors travel as SCM_RIGHTS with the frame's first bytes.
 agent; link/triolink.py), and whatever a test feeds it.
 
 Invariants
-- A reader never asks the kernel for more than `Decoder.wanted_bytes`, so it never reads beyond the current frame.
-  The kernel hands descriptors over with the bytes they were sent with; so what arrives while a frame is being read
-  belongs to that frame, however many frames lie in the socket.
+- The blocking reader never asks the kernel for more than `Decoder.wanted_bytes`, so it never reads beyond the current
+  frame. The kernel hands descriptors over with the bytes they were sent with; so what arrives while a frame is being
+  read belongs to that frame, however many frames lie in the socket. (A TrioLink reads further, by another rule.)
 - After a FramingError, a time-out or an OSError in the middle of a frame, sides no longer agree where a frame begins:
   close the link. The one exception: a cancelled TrioLink.receive() keeps what it has and may be called again.
 - Received descriptors whose frame cannot be delivered are closed (by a TrioLink: when it is closed); delivered ones
@@ -30,6 +30,7 @@ BLOB_BYTES_MAX = 64 << 20  # the map of a volume of the largest size is 2 MiB
 FDS_MAX = 16  # the listening socket and some; SCM_RIGHTS itself carries 253
 READ_BYTES_MAX = 1 << 20  # of one read, so that a large frame is not allocated before its bytes are there
 
+_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
 _HEADER = struct.Struct(">II")
 _FD_BYTES = array.array("i").itemsize
 ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_MAX * _FD_BYTES)
@@ -48,7 +49,7 @@ class Frame:
 def encode(message: dict[str, Any], blob: bytes = b"") -> bytes:
     """The frame's bytes. FramingError if it is too large or no JSON (also NaN)."""
     try:
-        text = json.dumps(message, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+        text = _to_json(message).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise FramingError(f"message cannot be sent as JSON: {error}") from error
     if not isinstance(message, dict):

@@ -3,12 +3,42 @@
 One lane per leg. All flushes that are waiting when a lane begins are served by one fdatasync. When a flush is worth
 asking for is the leader's business (core/flushround.py). A flush is never tried again: the kernel tells each open file
 once about a failed write-back, and a second try would call lost data durable.
+
+Most of what a flush finds dirty are the application's own writes, spread over the volume: milliseconds of work for the
+processor (measured: 5 ms for 150 pages), in one go, with what the application does next waiting behind it. So the
+write-back is begun in steps, with a pause after each that was work; fdatasync then has little left to begin.
 """
 
 import threading
+import time
 from collections.abc import Callable
 
-from shadowvol.transfer.legs import LegError, LegTable
+from shadowvol.transfer.legs import Leg, LegError, LegTable
+
+STEPS = 32  # of equal length at first; then as long as STEP_CPU_S of work
+STEPS_MAX = 64  # the rest, of a volume that is dirty in one part, is fdatasync's
+STEP_CPU_S = 0.0002
+STEP_BYTES_MIN = 1 << 20
+PAUSE_S = 0.0005
+
+
+def begin_writeback(leg: Leg) -> None:
+    """Have the kernel begin to write back all that is dirty now. What goes wrong comes out at the flush."""
+    size_bytes = leg.endpoint.size_bytes
+    position, step_bytes = 0, max(STEP_BYTES_MIN, -(-size_bytes // STEPS))
+    for _ in range(STEPS_MAX):
+        if position >= size_bytes:
+            return
+        began_s = time.thread_time()
+        leg.start_writeback(position, min(step_bytes, size_bytes - position))
+        used_s = time.thread_time() - began_s
+        position += step_bytes
+        if used_s > STEP_CPU_S:
+            step_bytes = max(STEP_BYTES_MIN, step_bytes // 2)
+        elif used_s < STEP_CPU_S / 4:
+            step_bytes *= 2
+        if used_s >= STEP_CPU_S / 4:
+            time.sleep(PAUSE_S)
 
 
 class FlushLane:
@@ -55,6 +85,7 @@ class FlushLane:
     def _flush(self) -> str | None:
         leg = self._legs.acquire(self._leg_name)
         try:
+            begin_writeback(leg)
             leg.flush()
         except LegError as error:
             return error.text
