@@ -13,6 +13,7 @@ from shadowvol.core.throttle import (
     LOW,
     MAX,
     NORMAL,
+    PROCESSOR_SHARE,
     RATE_MIN,
     AdaptiveThrottle,
     Copying,
@@ -21,6 +22,7 @@ from shadowvol.core.throttle import (
 
 FRAME_S = 0.25
 NONE = [0] * BUCKET_COUNT
+PROCESSORS = 2
 
 
 def histogram(latencies_s: list[float]) -> list[int]:
@@ -33,7 +35,15 @@ def histogram(latencies_s: list[float]) -> list[int]:
 class Host:
     """One volume that copies; `slow`: the factor by which requests take longer at a rate of the copy."""
 
-    def __init__(self, impact: str, slow: Callable[[float], float], *, disk: float = 400.0 * MIB) -> None:
+    def __init__(
+        self,
+        impact: str,
+        slow: Callable[[float], float],
+        *,
+        disk: float = 400.0 * MIB,
+        processor_s_per_gib: float = 0.0,
+    ) -> None:
+        self.processor_s_per_byte = processor_s_per_gib / (1 << 30)
         self.throttle = AdaptiveThrottle()
         self.volume = Copying("v", impact)
         self.slow, self.disk = slow, disk
@@ -54,6 +64,7 @@ class Host:
             self.rate = allowed
             self.copied += allowed * FRAME_S
             self.throttle.copied(int(allowed * FRAME_S))
+            self.throttle.worked(allowed * FRAME_S * self.processor_s_per_byte, PROCESSORS)
             base = [self._chance.lognormvariate(-9, 0.3) for _ in range(int(self.iops * FRAME_S))]
             took = histogram([latency * self.slow(allowed) for latency in base])
             self.throttle.frame("v", self.volume.impact, self.now_s - FRAME_S, self.now_s, took, NONE)
@@ -80,6 +91,30 @@ def test_a_copy_that_nobody_feels_reaches_what_the_disk_gives() -> None:
     host.run(3, copying=False)
     host.run(60)
     assert host.throttle.budget >= host.disk
+
+
+@pytest.mark.parametrize("impact", [LOW, NORMAL])
+def test_copiers_keep_to_their_share_of_the_processors(impact: str) -> None:
+    """Though the member sees nothing of it, as what waits for a processor has not reached it yet."""
+    host = Host(impact, lambda rate: 1.0, processor_s_per_gib=1.0)
+    host.run(120)
+    rates = []
+    for _ in range(60):
+        host.run(1)
+        rates.append(host.rate)
+    share_mib = PROCESSOR_SHARE[impact] * PROCESSORS * 1024
+    assert 0.7 * share_mib < sum(sorted(rates)[10:]) / 50 / MIB < 1.15 * share_mib
+
+
+def test_the_share_binds_where_requests_are_too_few_to_have_a_percentile() -> None:
+    host = Host(LOW, lambda rate: 1.0, processor_s_per_gib=4.0)
+    host.iops = 40
+    host.run(60)
+    assert host.rate < 16 * MIB, "at first it is that"
+    host = Host(LOW, lambda rate: 1.0)
+    host.iops = 40
+    host.run(60)
+    assert host.throttle.budget == 16 * MIB, "nothing speaks for more"
 
 
 def test_a_copy_that_hurts_at_any_rate_goes_on_at_the_smallest() -> None:

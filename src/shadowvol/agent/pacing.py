@@ -4,6 +4,7 @@ One task over all volumes that are up here. At most `copies_max` of them copy at
 to want it; who pauses, backs off or is done gives its place away.
 """
 
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 PACE_S = 0.25
 PACE_AT_REST_S = 2.0  # while no volume has anything under way
+_PROCESSOR_CLOCK = 2  # of a process: what it and its threads have run for, as in clock_getcpuclockid(3)
 DEADLINE_MARGIN = 1.15  # a deadline's rate leaves time for quiet turns and the last flush
 
 
@@ -44,6 +46,7 @@ class Pacer:
         self._throttle = AdaptiveThrottle()
         self._places: list[str] = []  # who wants to copy, the first come first
         self._copied: dict[str, int] = {}  # as last seen, of a volume's running copier
+        self._worked: dict[str, tuple[int, float]] = {}  # its process, and seconds on a processor, likewise
         self._heard: dict[str, _Heard] = {}  # a member's last frame
         self._known: set[str] = set()
         self._stirred = trio.Event()
@@ -84,6 +87,7 @@ class Pacer:
             self._throttle.forget(name)
             self._heard.pop(name, None)
             self._copied.pop(name, None)
+            self._worked.pop(name, None)
         self._known = set(self._volumes)
         wanting = {name for name, engine in engines.items() if _wants_to_copy(engine)}
         self._places = [name for name in self._places if name in wanting]
@@ -102,8 +106,20 @@ class Pacer:
             volume = self._volumes[name]
             before, now = self._copied.get(name, 0), volume.copier.bytes_read
             self._copied[name] = now
+            worked_s = self._worked_s(name, volume.copier.pid)
             if volume.engine is not None and volume.engine.state.impact != MAX:
                 self._throttle.copied(max(0, now - before))
+                self._throttle.worked(worked_s, len(os.sched_getaffinity(0)))
+
+    def _worked_s(self, name: str, pid: int | None) -> float:
+        """Processor time of the volume's copier since the last call; 0 where that is not known."""
+        try:
+            now_s = time.clock_gettime(~pid << 3 | _PROCESSOR_CLOCK) if pid is not None else 0.0
+        except OSError:  # it has just ended
+            pid, now_s = None, 0.0
+        before_pid, before_s = self._worked.get(name, (None, 0.0))
+        self._worked[name] = (pid or 0, now_s)
+        return now_s - before_s if pid is not None and pid == before_pid else 0.0
 
 
 def _counted(statistics: dict[str, Any]) -> bool:

@@ -9,6 +9,10 @@ A turn is over when its time is, or as soon as it shows that the application suf
 reads and of writes of each volume on the host that is not `max`: the worst ratio of copying to quiet, divided by what
 the volume's impact allows. Where no application is at work, copies run at full speed.
 
+What members measure begins when a request has reached them. What an application waits for before that and after it is
+above all a processor on which a copier is at work in the kernel. So copiers also have a share of the host's processors
+that they are not to exceed: who is there one percent of the time may be found there by the 99th percentile.
+
 Pure: time is an argument, what was measured comes in frames.
 """
 
@@ -25,6 +29,8 @@ NORMAL: Final = "normal"
 MAX: Final = "max"
 IMPACTS: Final = (LOW, NORMAL, MAX)
 ALLOWED_RATIO: Final = {LOW: 1.15, NORMAL: 1.6}  # what is promised, 1.25 and 2, is overstepped to find it
+
+PROCESSOR_SHARE: Final = {LOW: 0.015, NORMAL: 0.04}  # of all of the host's together; measured: docs/decisions/0006
 
 QUIET_TURN_S = 1.25
 COPY_TURN_S = 2.0
@@ -134,6 +140,7 @@ class AdaptiveThrottle:
         self._quiet = False  # this turn is
         self._quiet_ended_s = 0.0
         self._copied_in_turn = 0
+        self._worked_in_turn = 0.0  # share of the host's processors, times seconds
         self._was_busy = False
 
     # ------------------------------------------------------------------ what was measured
@@ -157,6 +164,10 @@ class AdaptiveThrottle:
     def copied(self, byte_count: int) -> None:
         """So much has been copied since the last call, by volumes that are not `max`."""
         self._copied_in_turn += byte_count
+
+    def worked(self, processor_s: float, processors: int) -> None:
+        """So long have these copiers been on one of the host's processors since the last call."""
+        self._worked_in_turn += processor_s / processors
 
     def forget(self, name: str) -> None:
         """The volume is not up any more."""
@@ -192,6 +203,7 @@ class AdaptiveThrottle:
         self._turn_s = now_s
         self._quiet = quiet
         self._copied_in_turn = 0
+        self._worked_in_turn = 0.0
         for known in self._applications.values():
             known.turn = []
 
@@ -209,11 +221,19 @@ class AdaptiveThrottle:
         suffers = worst is not None and worst >= SUFFERS and self.budget > RATE_MIN
         if took_s < COPY_TURN_S and not suffers:
             return
+        strain = self._strain(now_s, took_s)
+        if worst is not None or strain > 1.0:  # where nothing was measured it says nothing in favour of the copy
+            worst = max(worst or 0.0, strain)
         if worst is not None:
             self._adapt(worst, took_s)
         again = worst is not None and worst > 1.0 and self.budget > RATE_MIN
         due = now_s - self._quiet_ended_s >= (QUIET_AGAIN_S if again else QUIET_EVERY_S)
         self._begin(now_s, quiet=due or not self._has_baseline(now_s))
+
+    def _strain(self, now_s: float, took_s: float) -> float:
+        """The copiers' share of the processors to what is theirs beside the applications at work."""
+        allowed = min((PROCESSOR_SHARE[known.impact] for known in self._busy(now_s)), default=1.0)
+        return self._worked_in_turn / took_s / allowed
 
     def _adapt(self, worst: float, took_s: float) -> None:
         if worst > 1.0:

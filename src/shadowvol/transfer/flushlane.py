@@ -16,7 +16,7 @@ from collections.abc import Callable
 from shadowvol.transfer.legs import Leg, LegError, LegTable
 
 STEPS = 32  # of equal length at first; then as long as STEP_CPU_S of work
-STEPS_MAX = 64  # the rest, of a volume that is dirty in one part, is fdatasync's
+STEPS_MAX = 512  # half a second of pauses at most; the rest is fdatasync's
 STEP_CPU_S = 0.0002
 STEP_BYTES_MIN = 1 << 20
 PAUSE_S = 0.0005
