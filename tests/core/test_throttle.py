@@ -48,6 +48,7 @@ class Host:
         self.volume = Copying("v", impact)
         self.slow, self.disk = slow, disk
         self.iops = 2000
+        self.slowness = 1.0  # of the application's requests, with a copy or without
         self.now_s = 100.0
         self.rate = 0.0  # of the copy, in the last frame
         self.quiet_frames = self.frames = 0
@@ -66,7 +67,7 @@ class Host:
             self.throttle.copied(int(allowed * FRAME_S))
             self.throttle.worked(allowed * FRAME_S * self.processor_s_per_byte, PROCESSORS)
             base = [self._chance.lognormvariate(-9, 0.3) for _ in range(int(self.iops * FRAME_S))]
-            took = histogram([latency * self.slow(allowed) for latency in base])
+            took = histogram([latency * self.slowness * self.slow(allowed) for latency in base])
             self.throttle.frame("v", self.volume.impact, self.now_s - FRAME_S, self.now_s, took, NONE)
 
 
@@ -104,6 +105,13 @@ def test_copiers_keep_to_their_share_of_the_processors(impact: str) -> None:
         rates.append(host.rate)
     share_mib = PROCESSOR_SHARE[impact] * PROCESSORS * 1024
     assert 0.7 * share_mib < sum(sorted(rates)[10:]) / 50 / MIB < 1.15 * share_mib
+
+
+def test_the_share_does_not_bind_beside_requests_that_take_long_anyway() -> None:
+    host = Host(LOW, lambda rate: 1.0, processor_s_per_gib=1.0)
+    host.slowness = 10.0
+    host.run(120)
+    assert host.throttle.budget >= host.disk
 
 
 def test_the_share_binds_where_requests_are_too_few_to_have_a_percentile() -> None:

@@ -34,7 +34,7 @@ def test_windows_shrink_to_the_first_size_where_the_copy_is_slow_or_throttled() 
     assert engine.window_bytes == LIMITS.window_bytes
 
 
-def test_windows_are_small_where_the_copy_is_held_back() -> None:
+def test_windows_are_of_some_seconds_where_the_copy_is_held_back() -> None:
     """Of some seconds of copying: few messages and flushes, and yet the map goes on."""
     engine = leader()
     sizes = {}

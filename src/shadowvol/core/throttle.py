@@ -10,8 +10,9 @@ reads and of writes of each volume on the host that is not `max`: the worst rati
 the volume's impact allows. Where no application is at work, copies run at full speed.
 
 What members measure begins when a request has reached them. What an application waits for before that and after it is
-above all a processor on which a copier is at work in the kernel. So copiers also have a share of the host's processors
-that they are not to exceed: who is there one percent of the time may be found there by the 99th percentile.
+above all a processor on which a copier is at work in the kernel: some hundred microseconds, which matter to requests
+that are as quick as that. So beside such an application copiers also have a share of the host's processors that they are
+not to exceed: who is there one percent of the time may be found there by the 99th percentile.
 
 Pure: time is an argument, what was measured comes in frames.
 """
@@ -31,6 +32,7 @@ IMPACTS: Final = (LOW, NORMAL, MAX)
 ALLOWED_RATIO: Final = {LOW: 1.15, NORMAL: 1.6}  # what is promised, 1.25 and 2, is overstepped to find it
 
 PROCESSOR_SHARE: Final = {LOW: 0.02, NORMAL: 0.05}  # of all of the host's together; measured: docs/decisions/0006
+QUICK_S = 0.0005  # the 99th percentile, in quiet turns, of an application to which that share matters
 
 QUIET_TURN_S = 1.25
 COPY_TURN_S = 2.0
@@ -98,6 +100,12 @@ class _Application:
         if self.turn:
             self.quiet.append(_Measured.of(self.turn))
             self.turn = []
+
+    @property
+    def quick(self) -> bool:
+        """Its requests are short, as far as is known."""
+        quiet = _Measured.of(self.quiet)
+        return all((percentile_s(kind, 0.99) or 0.0) < QUICK_S for kind in (quiet.reads, quiet.writes))
 
     def ratio(self) -> float | None:
         """99th percentile of this turn to what is allowed after the quiet ones; None: too few requests."""
@@ -231,8 +239,9 @@ class AdaptiveThrottle:
         self._begin(now_s, quiet=due or not self._has_baseline(now_s))
 
     def _strain(self, now_s: float, took_s: float) -> float:
-        """The copiers' share of the processors to what is theirs beside the applications at work."""
-        allowed = min((PROCESSOR_SHARE[known.impact] for known in self._busy(now_s)), default=1.0)
+        """The copiers' share of the processors to what is theirs beside the quick applications at work."""
+        quick = [known for known in self._busy(now_s) if known.quick]
+        allowed = min((PROCESSOR_SHARE[known.impact] for known in quick), default=1.0)
         return self._worked_in_turn / took_s / allowed
 
     def _adapt(self, worst: float, took_s: float) -> None:
