@@ -70,6 +70,8 @@ def test_a_map_survives_its_records() -> None:
         (S_OK, Phase.SETUP, SOURCE, SOURCE, S_OK),
         (S_OK, Phase.COPYING, SOURCE, SOURCE, S_OK),
         (S_OK, Phase.COPYING, TARGET, SOURCE, S_OK),  # early cutover: not there yet
+        (S_OK | IN_WINDOW, Phase.SETUP, SOURCE, SOURCE, S_OK),  # after an abort, a window that is not dropped yet
+        (S_OK | FRESH, Phase.SETUP, SOURCE, SOURCE, S_OK),
         (S_OK | IN_WINDOW, Phase.COPYING, SOURCE, SOURCE, BOTH_OK),
         (S_OK | IN_WINDOW | SETTLED, Phase.COPYING, TARGET, SOURCE, BOTH_OK),
         (S_OK | FRESH, Phase.COPYING, SOURCE, SOURCE, BOTH_OK),
