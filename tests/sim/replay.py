@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from tests.sim.rule_table import rules_named
 from tests.sim.scenario import PROFILES, profile_for, run
 
 
@@ -10,12 +11,11 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("seed", type=int)
     parser.add_argument("profile", nargs="?", choices=sorted(PROFILES))
-    parser.add_argument("--omit", default="")
+    parser.add_argument("--omit", type=rules_named, default=frozenset(), metavar="RULE[,RULE]")
     parser.add_argument("--tail", type=int, default=0, help="only the last N lines of the trace")
     arguments = parser.parse_args()
     profile = profile_for(arguments.seed, arguments.profile)
-    omit = frozenset(arguments.omit.split(",")) if arguments.omit else frozenset()
-    outcome = run(arguments.seed, profile, omit, trace=True)
+    outcome = run(arguments.seed, profile, arguments.omit, trace=True)
     for line in outcome.trace[-arguments.tail :]:
         sys.stdout.write(line + "\n")
     for problem in outcome.problems:

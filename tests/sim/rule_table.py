@@ -4,11 +4,21 @@
 """
 
 import sys
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 
 from shadowvol.core.rules import GATE_RULES, RULES
 from tests.sim.hunts import HUNTS
 from tests.sim.scenario import run
+
+
+def rules_named(text: str) -> frozenset[str]:
+    """The rules of an option, by comma. Raises ArgumentTypeError for one that there is not: a run that
+    leaves nothing out would say that nothing is lost."""
+    rules = frozenset(filter(None, text.split(",")))
+    if unknown := rules - RULES.keys() - GATE_RULES.keys():
+        raise ArgumentTypeError(f"there is no rule {', '.join(sorted(unknown))}; core/rules.py has them")
+    return rules
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ TICK_CALM_S = 0.2  # while it only copies: events bring that on, and each tick t
 TICK_AT_REST_S = 2.0  # while the engine says that time alone brings nothing on
 LEAD_RETRY_S = 1.0  # between attempts to take the leadership while the coordinator cannot be reached
 DOWN_LIMIT_S = 15.0  # for a member to drain, flush and empty its log
+REPLACE_LIMIT_S = 10.0  # for another member to serve after one was killed
 BUSY_S = 2.0  # the application counts as busy so long after a request
 
 _logger = logging.getLogger("shadowvol.agent")
@@ -205,10 +206,9 @@ class Volume:
             with trio.move_on_after(DOWN_LIMIT_S) as waiting:
                 await self.plane.down_ready.wait()
             if waiting.cancelled_caught and not is_fresh(self.plane.age_s()):  # else it is slow, and has no clients
-                self.plane.kill()
                 if not force:
-                    silent = f"volume {self.name}: its member has not answered for {DOWN_LIMIT_S:g} s, and was replaced"
-                    return FAILED, f"{silent}; the volume is up; shadowvol down {self.name} tries again"
+                    return FAILED, await self._replace_silent_member(self.plane)
+                self.plane.kill()
             if self.plane.down_clients:
                 clients = self.plane.down_clients
                 return 3, f"volume {self.name} has {clients} client connection(s); disconnect them, or use --force"
@@ -226,6 +226,20 @@ class Volume:
         self._scope.cancel()
         await self.ended.wait()
         return 0, ""
+
+    async def _replace_silent_member(self, plane: DataPlane) -> str:
+        """What came of it, when another member serves or is late."""
+        silent = plane.incarnation
+        plane.kill()
+        with trio.move_on_after(REPLACE_LIMIT_S) as waiting:
+            while plane.incarnation in (silent, None) or not self.serving:
+                await self._changed.wait()
+        told = f"volume {self.name}: its member has not answered for {DOWN_LIMIT_S:g} s, and was"
+        again = f"shadowvol down {self.name} tries again"
+        if not waiting.cancelled_caught:
+            return f"{told} replaced; the volume is up; {again}"
+        late = f"{told} killed, but after {REPLACE_LIMIT_S:g} s no other serves: storage that hangs may keep it from ending"
+        return f"{late}; requests wait until one does; see shadowvol status {self.name}; {again}"
 
     # ------------------------------------------------------------ commands
 
