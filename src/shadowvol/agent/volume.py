@@ -238,8 +238,8 @@ class Volume:
         again = f"shadowvol down {self.name} tries again"
         if not waiting.cancelled_caught:
             return f"{told} replaced; the volume is up; {again}"
-        late = f"{told} killed, but after {REPLACE_LIMIT_S:g} s no other serves: storage that hangs may keep it from ending"
-        return f"{late}; requests wait until one does; see shadowvol status {self.name}; {again}"
+        late = f"{told} killed, but no other serves after {REPLACE_LIMIT_S:g} s (storage that hangs keeps it from ending)"
+        return f"{late}; requests wait until one does; {again}"
 
     # ------------------------------------------------------------ commands
 
