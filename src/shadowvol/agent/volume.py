@@ -238,7 +238,7 @@ class Volume:
         again = f"shadowvol down {self.name} tries again"
         if not waiting.cancelled_caught:
             return f"{told} replaced; the volume is up; {again}"
-        late = f"{told} killed, but no other serves after {REPLACE_LIMIT_S:g} s (storage that hangs keeps it from ending)"
+        late = f"{told} killed, but after {REPLACE_LIMIT_S:g} s no other serves (hanging storage keeps it from ending)"
         return f"{late}; requests wait until one does; {again}"
 
     # ------------------------------------------------------------ commands
