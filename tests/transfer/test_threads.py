@@ -49,6 +49,18 @@ class LegThatCounts(Leg):
         super().start_writeback(offset, length)
 
 
+class LegWrittenMeanwhile(LegThatCounts):
+    """An application dirties its first page when the first pass of write-back has gone past it."""
+
+    written = False
+
+    def start_writeback(self, offset: int, length: int) -> None:
+        super().start_writeback(offset, length)
+        if offset > 0 and not self.written:
+            self.written = True
+            self.endpoint.pwrite(b"x", 0)
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     """Data, and an empty file of its size."""
@@ -118,6 +130,18 @@ def test_write_back_is_begun_everywhere(tmp_path: Path, size: int) -> None:
         with closing(open_local(str(path), cache="host", writable=True, claim=False)) as endpoint:
             begin_writeback(Leg("source", endpoint, None))
             assert dirty_pages(out.fileno()) == 0
+
+
+def test_write_back_is_begun_of_what_an_application_writes_meanwhile(tmp_path: Path) -> None:
+    """Where the first pass was so long that much can have been written."""
+    path = tmp_path / "leg"
+    path.touch()
+    os.truncate(path, 100 * MIB)
+    with closing(open_local(str(path), cache="host", writable=True, claim=False)) as endpoint:
+        leg = LegWrittenMeanwhile("source", endpoint, None)
+        leg.work_s = 0.001
+        begin_writeback(leg)
+        assert leg.written and dirty_pages(endpoint.medium().fd) == 0
 
 
 @pytest.mark.parametrize(("work_s", "steps_max"), [(0.0, STEPS), (0.001, STEPS_MAX)], ids=["idle", "busy"])

@@ -44,6 +44,7 @@ class Gate(Protocol):
     """See the module. Every method is called with the data path's lock; none blocks."""
 
     why_not: str | None  # why there is no second executor; None: there is one
+    noted: int  # ranges in open windows that it has told so far
 
     def publish(self) -> None: ...
 
@@ -90,6 +91,7 @@ class NoExecutor:
 
     def __init__(self, engine: MemberEngine, why_not: str) -> None:
         self.why_not: str | None = why_not
+        self.noted = 0
         assert engine.changed is None and engine.inflight.gather is None, "nobody listens"
 
     def publish(self) -> None:

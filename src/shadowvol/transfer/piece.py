@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import xxhash
 
+from shadowvol.endpoints.local import LocalEndpoint
 from shadowvol.transfer.jobs import CopyJob, Tally
 from shadowvol.transfer.legs import Leg, LegError
 from shadowvol.transfer.memory import Buffer, differing_runs, zero_runs
@@ -25,6 +26,9 @@ from shadowvol.transfer.plan import Piece, PieceKind
 VERIFY_TRIES = 3  # copies of a differing block after the first
 VERIFY_WAIT_S = 0.01  # grows with each try
 BEHIND_BYTES_MAX = 8 << 20  # written by a worker and not yet known to be on the medium
+# To the page cache. A large write makes the kernel look for a page of its size, for up to milliseconds in which nobody
+# else gets the processor: these take half of its time (measured), and the copy is as fast.
+WRITE_CALL_BYTES = 64 << 10
 PUNCH_BYTES_MIN = 256 << 10  # a shorter run of zeroes over data is cheaper to write than to punch
 
 
@@ -135,7 +139,10 @@ class PieceCopier:
 
     def _write(self, piece: Piece, target: Leg, start: int, end: int, tally: Tally) -> None:
         if end > start:
-            target.pwrite(self._front.view[start:end], piece.offset + start)
+            cached = isinstance(target.endpoint, LocalEndpoint) and target.endpoint.cache == "host"
+            step_bytes = WRITE_CALL_BYTES if cached else piece.length
+            for at in range(start, end, step_bytes):
+                target.pwrite(self._front.view[at : min(end, at + step_bytes)], piece.offset + at)
             tally.written += end - start
 
     def _verify(self, piece: Piece, source: Leg, target: Leg, halt: threading.Event) -> None:

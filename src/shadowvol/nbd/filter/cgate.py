@@ -103,6 +103,7 @@ class FilterGate:
 
     def __init__(self, engine: MemberEngine, library: ctypes.PyDLL) -> None:
         self.why_not: str | None = None
+        self.noted = 0
         self._engine = engine
         self._library = library
         self._freeze: Freeze | None = None  # as the filter has it
@@ -199,7 +200,9 @@ class FilterGate:
 
     def collect_notes(self) -> None:
         """Of the writes to open windows that have begun since the last time. Part of collect()."""
-        for note in self._notes[: self._library.shadowvol_collect_notes(ctypes.byref(self._notes))]:
+        count = self._library.shadowvol_collect_notes(ctypes.byref(self._notes))
+        self.noted += count
+        for note in self._notes[:count]:
             self._engine.touch(note.start, note.end)
 
     def begun_s(self, now_s: float) -> float:

@@ -62,7 +62,7 @@
 
 #define INTERFACE 3                    /* what cgate.py expects of this file; change both */
 #define OPS_MAX 1024                   /* a write waits for a free one, a read goes to the plugin */
-#define NOTES_MAX 16384                /* collected at least every 50 ms while a window is open */
+#define NOTES_MAX 16384                /* while a window is open: collected every 250 ms, or 50 when they are many */
 #define BOUNCE_BYTES (1 << 20)         /* larger O_DIRECT requests are done in pieces */
 #define DIRECT_ALIGN 4096              /* of memory, for O_DIRECT: no medium asks for more */
 #define SUB_BITS 3                     /* buckets of latencies: core/latency.py */
