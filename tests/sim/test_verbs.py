@@ -23,7 +23,8 @@ SLACK_S = 1.0  # ticks and messages
 PROFILE = replace(STILL, duration_s=0.0, members_may_stay_away=True)
 
 
-def synced_world(seed: int = 1, hosts: int = 1) -> World:
+def copying_world(seed: int = 1, hosts: int = 1) -> World:
+    """The copy has begun."""
     world = World(seed, replace(PROFILE, hosts=hosts))
     for host in world.hosts:
         world.start_member(host)
@@ -32,6 +33,11 @@ def synced_world(seed: int = 1, hosts: int = 1) -> World:
         Client(world, host, number).start()
     world.run_until(0.5)
     assert do(world, "start") == (0, "")
+    return world
+
+
+def synced_world(seed: int = 1, hosts: int = 1) -> World:
+    world = copying_world(seed, hosts)
     world.run_until(world.now + 60, lambda: engine(world).phase is Phase.SYNCED and at_rest(world))
     assert engine(world).phase is Phase.SYNCED
     return world
@@ -174,3 +180,15 @@ def test_a_verb_that_is_recorded_and_not_applied_says_that_it_goes_on() -> None:
     go_on(world, member)
     world.run_until(world.now + BACK_S, lambda: not engine(world).commands)
     assert_sound(world)
+
+
+def test_a_leader_is_calm_while_it_only_copies() -> None:
+    """Then it is ticked less often: not while an operator waits, nor at rest, where it needs no tick at all."""
+    world = copying_world()
+    world.run_until(world.now + 5, lambda: engine(world).calm)
+    assert engine(world).calm and engine(world).windows
+    number = order(world, "pause")
+    assert not engine(world).calm
+    assert answer(world, number, SLACK_S) == (0, "")
+    world.run_until(world.now + 5, lambda: at_rest(world))
+    assert at_rest(world) and not engine(world).calm
