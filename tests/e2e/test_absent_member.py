@@ -151,6 +151,16 @@ def test_down_with_a_stopped_member_ends_it(volume: Volume, options: str, keep: 
     volume.assert_legs_equal()
 
 
+def test_attach_with_a_stopped_member_says_so(volume: Volume, keep: Keep) -> None:
+    """And leaves no device, and no wish for one."""
+    with stopped_member(volume):
+        ended, _ = timed(volume, "attach v")
+    keep("member stopped", "attach v", ended.code, ended.line)
+    ended.assert_refused(1, ("volume v was not attached", "its member does not answer"))
+    assert volume.status()["endpoint"]["device"] is None
+    volume.run("down")
+
+
 def test_a_stopped_member_that_is_killed_makes_way_for_the_verb(volume: Volume) -> None:
     """The verb that was being prepared begins again with the next member."""
     with loaded(volume):

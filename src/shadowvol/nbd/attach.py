@@ -91,6 +91,8 @@ class Site:
                 raise BadDevice("the kernel here has no nbd driver; leave out --device, or give /dev/loopN")
             _check_tools()
             return fuseloop.make(self._loop_place, asked)
+        except TimeoutError:
+            raise AttachFailed("its member does not answer; see shadowvol status, and try again when it does") from None
         except OSError as error:
             if error.errno == errno.EBUSY and asked is not None:
                 raise BadDevice(f"{asked} is in use") from None
