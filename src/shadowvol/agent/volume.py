@@ -29,7 +29,7 @@ from shadowvol.agent.progress import Progress
 from shadowvol.agent.status import iso_utc
 from shadowvol.clustersync.coordinator import Coordinator, CoordinatorUnreachable
 from shadowvol.core.leader import LeaderEngine
-from shadowvol.core.legs import LEG_NAMES, Phase
+from shadowvol.core.legs import Phase
 from shadowvol.core.messages import Answer, Ask, LogZones, UnlogZones
 from shadowvol.core.records import (
     Keys,
@@ -52,6 +52,7 @@ from shadowvol.core.steps import (
     SendTo,
 )
 from shadowvol.core.throttle import Pace
+from shadowvol.nbd.serve import member_spec
 
 TICK_S = 0.05
 TICK_CALM_S = 0.2  # while it only copies: events bring that on, and each tick takes 0.1 ms from the application
@@ -118,7 +119,7 @@ class Volume:
                     self.name,
                     self._home.volume_socket(self.name),
                     self._home.member_lock(self.name),
-                    self._member_spec,
+                    lambda incarnation: member_spec(self.config, self._home.link_socket, incarnation),
                     self._access,
                     listening=self.listening.set,
                     up=self._member_up,
@@ -362,24 +363,6 @@ class Volume:
 
     # ------------------------------------------------------------ member
 
-    def _member_spec(self, incarnation: int) -> dict[str, Any]:
-        legs = {name: self._leg_spec(leg) for leg, name in enumerate(LEG_NAMES)}
-        return {
-            "volume": self.name,
-            "description": self.config.description or f"shadowvol volume {self.name}",
-            "size_bytes": self.config.size_bytes,
-            "region_bytes": self.config.region_bytes,
-            "block_bytes": self.config.block_bytes,
-            "zone_bytes": self.config.zone_bytes,
-            "incarnation": incarnation,
-            "link": str(self._home.link_socket),
-            "legs": legs,
-        }
-
-    def _leg_spec(self, leg: int) -> dict[str, Any]:
-        record = self.config.leg(leg)
-        return {"path": record.uri, "cache": record.cache, "identity": record.identity}
-
     def _member_up(self, incarnation: int) -> None:
         self.attachment.member_up()
         if self.engine is not None:
@@ -457,7 +440,7 @@ class Volume:
     async def _run_copier(self) -> None:
         engine = self.engine
         assert engine is not None
-        legs = {name: self._leg_spec(leg) for leg, name in enumerate(LEG_NAMES)}
+        legs = self.config.leg_specs()
         self._copier_ended = trio.Event()
         try:
             with trio.CancelScope() as self._copier_scope:

@@ -258,11 +258,6 @@ class LeaderEngine(Kernel):
         self._transition_number += 1
         return f"{self.epoch}.{self._transition_number}"
 
-    def leg_spec(self, leg: int) -> dict[str, Any]:
-        """What a member needs to open the leg."""
-        record = self.config.leg(leg)
-        return {"path": record.uri, "identity": record.identity, "cache": record.cache}
-
     def last_leg_error(self) -> str | None:
         """Which leg failed last, and how; None: none did."""
         leg = max((SOURCE, TARGET), key=lambda leg: self.legs[leg].last_error_s)

@@ -15,11 +15,12 @@ Every value is JSON (config … members) or the packed bytes described here. Unk
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from shadowvol.core.geometry import Geometry, Run, runs_of
-from shadowvol.core.legs import SOURCE, Phase
+from shadowvol.core.legs import LEG_NAMES, SOURCE, TARGET, Phase
 from shadowvol.core.regionmap import RegionMap
 from shadowvol.core.throttle import NORMAL
 from shadowvol.core.txn import Compare, Entry, Holds, Txn
@@ -64,6 +65,14 @@ class VolumeConfig:
 
     def leg(self, leg: int) -> LegRecord:
         return self.source if leg == SOURCE else self.target
+
+    def leg_specs(self, legs: Iterable[int] = (SOURCE, TARGET)) -> dict[str, dict[str, Any]]:
+        """By name: what a member or a copier needs to open each."""
+        records = {LEG_NAMES[leg]: self.leg(leg) for leg in legs}
+        return {
+            name: {"path": record.uri, "identity": record.identity, "cache": record.cache}
+            for name, record in records.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,7 +305,7 @@ def _prepare(leader: "LeaderEngine", verb: str) -> Steps:
     if not members or leader.sync_queued or leader.unresolved:
         raise MemberWent
     legs = {"start": (SOURCE, TARGET), "cutover": (TARGET,), "undo": (SOURCE,), "commit": (TARGET,)}.get(verb, ())
-    records = {LEG_NAMES[leg]: leader.leg_spec(leg) for leg in legs}
+    records = leader.config.leg_specs(legs)
     answers = yield AskAll(Prepare(verb, records), "x", timeout_s=PREPARE_LIMIT_S)
     _all_said_yes(leader, verb, members, answers, f"its member did not answer within {PREPARE_LIMIT_S:g} s")
     for _ in range(FAULT_RETRIES_MAX):

@@ -22,11 +22,14 @@ import os
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import shadowvol
 from shadowvol.link import logs
 from shadowvol.nbd.filter.usable import usable_filter
+
+if TYPE_CHECKING:
+    from shadowvol.core.records import VolumeConfig
 
 LISTEN_FD = 3  # what socket activation hands over, by its convention
 THREADS_DEFAULT = 32  # more than a client has requests in flight: held writes must leave threads for reads
@@ -38,6 +41,21 @@ _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _CAP_IPC_LOCK = 14
 
 _logger = logging.getLogger("shadowvol.member")
+
+
+def member_spec(config: "VolumeConfig", link: Path, incarnation: int) -> dict[str, Any]:
+    """What a member is told at its start (member.MemberSpec). `link`: the agent's socket."""
+    return {
+        "volume": config.name,
+        "description": config.description or f"shadowvol volume {config.name}",
+        "size_bytes": config.size_bytes,
+        "region_bytes": config.region_bytes,
+        "block_bytes": config.block_bytes,
+        "zone_bytes": config.zone_bytes,
+        "incarnation": incarnation,
+        "link": str(link),
+        "legs": config.leg_specs(),
+    }
 
 
 def member_argv(
