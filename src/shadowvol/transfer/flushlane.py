@@ -19,7 +19,8 @@ from shadowvol.transfer.legs import Leg, LegError, LegTable
 PASSES_MAX = 4
 PASS_CPU_SHORT_S = 0.002  # of the last one
 STEPS = 32  # of equal length at first; then as long as STEP_CPU_S of work
-STEPS_MAX = 2048  # of all passes: a second of pauses at most; the rest is fdatasync's
+STEPS_MAX = 2048  # of all passes, and no longer than this; the rest is fdatasync's: windows wait for it, and are copied
+LONGEST_S = 0.75  # again after a kill
 STEP_CPU_S = 0.0001
 STEP_BYTES_MIN = 1 << 20
 PAUSE_S = 0.0005
@@ -27,20 +28,20 @@ PAUSE_S = 0.0005
 
 def begin_writeback(leg: Leg) -> None:
     """Have the kernel begin to write back all that is dirty now. What goes wrong comes out at the flush."""
-    steps_left = STEPS_MAX
+    steps_left, until_s = STEPS_MAX, time.monotonic() + LONGEST_S
     for _ in range(PASSES_MAX):
-        steps, used_s = _pass(leg, steps_left)
+        steps, used_s = _pass(leg, steps_left, until_s)
         steps_left -= steps
         if used_s < PASS_CPU_SHORT_S:
             return
 
 
-def _pass(leg: Leg, steps_max: int) -> tuple[int, float]:
+def _pass(leg: Leg, steps_max: int, until_s: float) -> tuple[int, float]:
     """Once over the leg: steps, and the processor time that they took."""
     size_bytes = leg.endpoint.size_bytes
     steps, total_s = 0, 0.0
     position, step_bytes = 0, max(STEP_BYTES_MIN, -(-size_bytes // STEPS))
-    while position < size_bytes and steps < steps_max:
+    while position < size_bytes and steps < steps_max and time.monotonic() < until_s:
         began_s = time.thread_time()
         leg.start_writeback(position, min(step_bytes, size_bytes - position))
         used_s = time.thread_time() - began_s
