@@ -36,7 +36,8 @@ from shadowvol.nbd.gate import Gate
 from shadowvol.nbd.openlegs import LegRecord, OpenLegs
 
 TICK_S = 0.05
-TICK_CALM_S = 0.25  # while no request waits: each tick takes 0.3 ms from the application. No longer than HOLD_LIMIT_S
+TICK_CALM_S = HOLD_LIMIT_S  # no longer, or a hold that begins meanwhile outlives its limit. Each takes 0.3 ms
+# of a processor from the application
 NOTED_CALM = 1000  # notes of the executor between two ticks; above, ticks are short, and its list does not fill
 TICK_AT_REST_S = 0.5  # while the engine's clock has nothing to do and no request waits
 STATS_S = 0.25  # between two statistics frames

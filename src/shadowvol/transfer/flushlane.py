@@ -19,8 +19,8 @@ from shadowvol.transfer.legs import Leg, LegError, LegTable
 PASSES_MAX = 4
 PASS_CPU_SHORT_S = 0.002  # of the last one
 STEPS = 32  # of equal length at first; then as long as STEP_CPU_S of work
-STEPS_MAX = 2048  # of all passes, and no longer than this; the rest is fdatasync's: windows wait for it, and are copied
-LONGEST_S = 0.75  # again after a kill
+STEPS_MAX = 2048  # of all passes; the rest is fdatasync's
+LONGEST_S = 0.75  # likewise: windows that wait for the flush are copied again after a kill
 STEP_CPU_S = 0.0001
 STEP_BYTES_MIN = 1 << 20
 PAUSE_S = 0.0005
