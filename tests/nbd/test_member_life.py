@@ -63,6 +63,24 @@ def test_a_second_member_is_refused_while_the_first_lives(tmp_path: Path, legs: 
         assert "held" in second.stderr
 
 
+def test_a_member_is_not_started_for_an_agent_that_has_ended(tmp_path: Path, legs: tuple[Path, Path]) -> None:
+    """The next agent may listen at another socket by now, whose clients would wait for ever."""
+    member = NbdMember(tmp_path, leg_record(legs[0]), None, Geometry.of(SIZE, MIB))
+    try:
+        with subprocess.Popen(["true"]) as ended:
+            ended.wait()
+        listen_fd = member.listener.fileno()
+        argv = member_argv(listen_fd=listen_fd, lock_path=str(member.lock_path), spec=member.spec())
+        argv[argv.index("--starter") + 1] = str(ended.pid)
+        late = subprocess.run(argv, pass_fds=(listen_fd,), capture_output=True, text=True, timeout=20, check=False)
+        assert late.returncode == 1 and len(late.stderr.splitlines()) == 1
+        assert "the agent that started this member has ended" in late.stderr
+        member.start()
+        assert member.client().nbd.get_size() == SIZE
+    finally:
+        member.close()
+
+
 def test_hello_hands_over_the_listening_socket(tmp_path: Path, legs: tuple[Path, Path]) -> None:
     """A new agent gets the socket back from the living member, and clients can still come through it."""
     with nbd_member(tmp_path, leg_record(legs[0])) as member:

@@ -3,11 +3,15 @@
 The order matters:
 1. The lock is taken before anything else. Who holds it knows that no write of a predecessor can still land; nbdkit
    inherits the descriptor, so that the kernel gives the lock back only when nbdkit itself is gone.
-2. The socket becomes descriptor 3 with LISTEN_FDS and LISTEN_PID, nbdkit's socket activation: it never binds.
-3. With --detach, a child goes on and its parent exits with 0 after printing the child's pid: nbdkit with socket
+2. With the lock in hand, the agent that started us must still live, or we give up. The next agent may have found the
+   lock free just before, and listens at a socket of its own by now: a member that listens at the old one would be
+   found by no client, and those at the new one would wait for ever. If the agent dies later than this, the next one
+   finds the lock taken, makes no socket, and is given ours (Hello).
+3. The socket becomes descriptor 3 with LISTEN_FDS and LISTEN_PID, nbdkit's socket activation: it never binds.
+4. With --detach, a child goes on and its parent exits with 0 after printing the child's pid: nbdkit with socket
    activation asks the kernel for SIGTERM when the thread that started it ends (PR_SET_PDEATHSIG), and a member must
    outlive its agent. The lock is held throughout: it belongs to the open file, which the child shares.
-4. exec, so that the process is nbdkit; with the C filter in front where it can be used (filter/usable.py), and
+5. exec, so that the process is nbdkit; with the C filter in front where it can be used (filter/usable.py), and
    otherwise with the reason, which the member tells its agent.
 
 Exit codes: 3 the lock is held; 1 something else, one line on stderr. After exec they are nbdkit's.
@@ -61,9 +65,11 @@ def member_spec(config: "VolumeConfig", link: Path, incarnation: int) -> dict[st
 def member_argv(
     *, listen_fd: int, lock_path: str, spec: dict[str, Any], threads: int = THREADS_DEFAULT, detach: bool = False
 ) -> list[str]:
-    """The command that starts a member. The caller lets `listen_fd` be inherited, and nothing else."""
+    """The command that starts a member, for a child of this process. The caller lets `listen_fd` be inherited, and
+    nothing else."""
     command = [sys.executable, "-m", "shadowvol.nbd.serve"]
     options = ["--listen-fd", str(listen_fd), "--lock", lock_path, "--threads", str(threads)]
+    options += ["--starter", str(os.getpid())]
     if detach:
         options.append("--detach")
     return [*command, *options, "--spec", json.dumps(spec, separators=(",", ":"))]
@@ -127,9 +133,11 @@ def _detach() -> None:
     os.dup2(2, 1)  # the pipe that the pid went through ends here
 
 
-def serve(listen_fd: int, lock_path: str, spec: str, threads: int, detach: bool) -> NoReturn:
+def serve(listen_fd: int, lock_path: str, spec: str, threads: int, detach: bool, starter: int) -> NoReturn:
     """Becomes nbdkit, or exits."""
     _take_lock(lock_path)
+    if os.getppid() != starter:
+        _give_up(lock_path, "the agent that started this member has ended meanwhile; the next agent starts one")
     if detach:
         _detach()
     if listen_fd == LISTEN_FD:
@@ -157,10 +165,11 @@ def main() -> NoReturn:
     parser.add_argument("--spec", required=True)
     parser.add_argument("--threads", type=int, default=THREADS_DEFAULT)
     parser.add_argument("--detach", action="store_true")
+    parser.add_argument("--starter", type=int, required=True, help="the process that has started this one")
     options = parser.parse_args()
     logs.configure()
     try:
-        serve(options.listen_fd, options.lock, options.spec, options.threads, options.detach)
+        serve(options.listen_fd, options.lock, options.spec, options.threads, options.detach, options.starter)
     except OSError as error:
         _give_up(options.lock, f"cannot start the member: {error}")
 
